@@ -1,1 +1,1 @@
-"""Studies that compare optimizers over many training runs, and reports on any runs."""
+"""Studies that compare optimizers over many training runs, and reports on individual runs."""

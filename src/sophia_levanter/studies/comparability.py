@@ -1,4 +1,4 @@
-"""Check whether the losses of runs are comparable, and list the runs' configurations, texts and machines."""
+"""Check whether the losses of runs are comparable, and list their configurations, texts and machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sophia_levanter.studies.runs import Run
 
 NOTHING = "–"
 Row = tuple[str, list[str]]
-# This field differs in every run; `facts` lists it instead.
+# This field differs in every run, so it is listed in `facts` instead.
 RUN_DIR = "trainer.run_dir"
 
 
@@ -21,9 +21,9 @@ class Comparability:
     """The extent to which the losses of several runs are comparable.
 
     Attributes:
-        same_tokenizer: whether all runs have the same tokenizer.
+        same_tokenizer: whether all runs use the same tokenizer.
         same_text: whether all runs are validated on the same text.
-        notes: notes for the reader, one line each.
+        notes: notes for the reader of the report, one line each.
     """
 
     same_tokenizer: bool
@@ -67,7 +67,7 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
 
 
 def _sequences(run: Run) -> tuple[object, ...]:
-    """The settings that determine which tokens of the text are validated and with how much context."""
+    """Return the settings that determine which tokens are evaluated, and with how much context."""
     return run.config.trainer.evaluation_windows, run.config.model.seq_len, run.config.data.mask_documents
 
 
@@ -88,7 +88,7 @@ def _same_text(a: Run, b: Run) -> bool:
 
 
 def _documents(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Each validation set's name and number of documents, which distinguish texts even if the tokenizers differ."""
+    """List the name and number of documents of each validation set, which do not depend on the tokenizer."""
     return [(part.get("name"), part.get("documents")) for part in facts.get("sets", [facts])]
 
 
@@ -102,9 +102,9 @@ def _source(run: Run) -> tuple[object, ...]:
 
 
 def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
-    """The fields that differ between runs and the fields that are the same, with the value in each run.
+    """Return the fields that differ between runs, and the fields that are the same, with the values in each run.
 
-    Fields that differ only because some of the runs lack them come last.
+    Among the differing fields, those that differ only because they are missing in some runs come last.
     """
     configs = [flat(run.config) for run in runs]
     names = [name for name in dict.fromkeys(name for fields in configs for name in fields) if name != RUN_DIR]
@@ -115,7 +115,7 @@ def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 
 def facts(runs: Sequence[Run]) -> list[Row]:
-    """The directory, checkpoint, texts, tokenizer and machine of each run."""
+    """List the directory, checkpoint, texts, tokenizer and machine of each run."""
     return [
         ("run directory", [str(run.path) for run in runs]),
         ("checkpoint", [run.checkpoint for run in runs]),
@@ -149,9 +149,9 @@ def _digest(corpus: Mapping[str, Any] | None) -> str:
 
 
 def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """The texts in a mixture or in validation sets; None for a single text.
+    """Return the texts in a mixture or in a group of validation sets, or None for a single text.
 
-    Checkpoints from other programs may contain anything here.
+    Invalid values are tolerated, because checkpoints from other programs may contain anything here.
     """
     parts = corpus.get("mixture", corpus.get("sets"))
     if parts is None:

@@ -1,4 +1,4 @@
-"""Heat maps of array statistics, with a row for each layer of an array and a column for each step with statistics."""
+"""Heat maps of array statistics, with one row per layer of an array and one column per step with statistics."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ KINDS = {
     "update_ratio": "Update-to-weight ratio",
     "win_rate": "Win rate",
 }
-LINEAR = ("win_rate",)  # from 0 to 1; the others are logarithmic
+LINEAR = ("win_rate",)  # shown on a linear scale from 0 to 1; the others use logarithmic scales
 CAPTION = (
     "Each array has one stripe per layer, with the first layer at the top. Gradients are measured before clipping. RMS "
     "is the root mean square; the update-to-weight ratio is a ratio of RMS values. Grey marks zeros and non-finite "
     "values."
 )
 MOST_COLUMNS = 400
-WIDTH = 5.2  # of a panel, in inches
+WIDTH = 5.2  # width of a panel, in inches
 ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # heights of a row, of an array with its label, and of all rows
-CAPTION_LETTERS = 18  # per inch
+CAPTION_LETTERS = 18  # letters per inch
 TITLE_HEIGHT, CAPTION_LINE_HEIGHT = 0.3, 0.13  # in inches
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of a run's arrays.
+    """Statistics of the arrays in a run.
 
     Attributes:
-        layers: the layers of each array, ascending; [None] for an array outside a stack of layers.
-        steps: the steps with statistics, int64 [column], ascending, counted from 0.
-        grids: the numbers of each kind, keyed by kind, float64 [row, column], with a row for each layer of each array.
-            NaN marks missing numbers and, for kinds with a logarithmic scale, zeros.
+        layers: the layers of each array, in ascending order; [None] for an array outside the stack of layers.
+        steps: int64 [column], the steps with statistics, in ascending order, counted from 0.
+        grids: float64 [row, column] for each kind of statistic, keyed by kind, with one row per layer of each array.
+            Missing values are NaN and, for kinds with a logarithmic scale, so are zeros.
     """
 
     layers: Mapping[str, Sequence[int | None]]
@@ -57,19 +57,19 @@ class Statistics:
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """The edges of the rows, in inches from the top: float64 [row + 1]."""
+        """The boundaries between rows, in inches from the top: float64 [row + 1]."""
         counts = np.array([len(layers) for layers in self.layers.values()])
         heights = np.maximum(min(ROW, MOST_ROWS / counts.sum()), LEAST_ARRAY / counts)
         return np.append(0.0, np.cumsum(np.repeat(heights, counts)))
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """The edges of the arrays, in inches from the top: float64 [array + 1]."""
+        """The boundaries between arrays, in inches from the top: float64 [array + 1]."""
         return self.edges[np.cumsum([0, *map(len, self.layers.values())])]
 
 
 def statistics_of(run: Run) -> Statistics | None:
-    """A run's statistics for heat maps, thinned to at most `MOST_COLUMNS` steps; None if the run has none."""
+    """Collect statistics for heat maps, thinned to at most `MOST_COLUMNS` steps. Return None if the run has none."""
     kinds: dict[str, dict[tuple[str, int | None], Series]] = {kind: {} for kind in KINDS}
     for name, series in run.series.items():
         section, _, key = name.partition("/")
@@ -93,7 +93,7 @@ def statistics_of(run: Run) -> Statistics | None:
 
 
 def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
-    """The values of a series at `steps`; NaN for steps without a value."""
+    """Return the values of a series at `steps`, with NaN for steps without a value."""
     values = np.full(len(steps), np.nan)
     if series is not None:
         _, here, there = np.intersect1d(steps, series.steps, return_indices=True)
@@ -102,13 +102,13 @@ def _on(steps: np.ndarray, series: Series | None) -> np.ndarray:
 
 
 def heat_map_svg(found: Statistics) -> str:
-    """Draw a panel for each kind of statistic, as a `data:` URL."""
+    """Draw a panel for each kind of statistic. Return an SVG image as a `data:` URL."""
     with mpl.rc_context(LOOK):
         return as_url(_figure(found))
 
 
 def heat_map_png(found: Statistics, name: str) -> bytes:
-    """Draw a panel for each kind of statistic, as a standalone PNG with the run's name and a caption."""
+    """Draw a panel for each kind of statistic. Return a standalone PNG with the name of the run and a caption."""
     with mpl.rc_context(LOOK):
         figure = _figure(found)
         caption = textwrap.wrap(CAPTION, int(figure.get_figwidth() * CAPTION_LETTERS))
@@ -136,7 +136,7 @@ def _figure(found: Statistics) -> Figure:
 
 
 def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
-    """Draw the cells, each extending from its step to the next step with statistics, and lines between arrays."""
+    """Draw the cells and lines between arrays. Each cell extends from its step to the next step with statistics."""
     steps = found.steps
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
@@ -154,5 +154,5 @@ def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
 
 
 def _label(array: str, layers: Sequence[int | None]) -> str:
-    """An array's path and the range of its layers."""
+    """Return the path of an array followed by the range of its layers."""
     return array if layers[0] is None else f"{array}  {layers[0]}–{layers[-1]}"

@@ -1,4 +1,4 @@
-"""The report on runs: a self-contained page, separate images, and lines for a terminal."""
+"""The report on runs: a self-contained HTML page, separate images, and text for a terminal."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from sophia_levanter.tracking.console import show_age
 
 RECENT_SECONDS = 86_400.0
 IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
-SMALLEST_GRID = 3  # runs
+SMALLEST_GRID = 3  # minimum number of runs in a grid
 OF_OTHER_TOKENS = "It is per token and cannot be compared between tokenizers."
 
 
 def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:
-    """Write the page and, next to it, images named after it.
+    """Write the page, and images next to it whose names start with the name of the page.
 
     Args:
-        runs: at least one run; names are distinct.
-        comparability: the extent to which the runs' losses are comparable.
-        page: the page's file.
+        runs: at least one run. Names must be distinct.
+        comparability: the extent to which the losses of the runs are comparable.
+        page: the path of the page.
 
     Returns:
-        The files written, starting with the page.
+        The paths of the files written, starting with the page.
     """
     files = {page: render(runs, comparability).encode(errors="replace")}
     for axis in axes_of(runs):
@@ -72,7 +72,7 @@ def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) ->
 
 
 def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """Lines for a terminal: a table with the most important columns, followed by the notes."""
+    """Return lines for a terminal: a table with the most important columns, followed by the notes."""
     chosen = [COLUMNS.index(name) for name in IN_TERMINAL]
     rows = [[_text(row[i]) for i in chosen] for row in headline(runs, comparability)]
     table = [[one_line(text) for text in row] for row in (IN_TERMINAL, *rows)]
@@ -82,7 +82,7 @@ def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
 
 
 def notes(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """Notes for the reader: the limits of the comparison, and cautions about the runs' settings."""
+    """Return notes for the reader about the limits of the comparison, and cautions about the settings of the runs."""
     return [*comparability.notes, *_cautions(runs, comparability)]
 
 
@@ -91,7 +91,7 @@ def _cautions(runs: Sequence[Run], comparability: Comparability) -> Iterator[str
         yield from _edges(runs)
     for run in runs:
         rate = _last(run, "optim/win_rate")
-        # The win rate may be 0 in the first steps of a run, and a controller adjusts it automatically.
+        # Skip unfinished runs, whose win rate may still be 0, and runs in which a controller adjusts the win rate.
         if math.isfinite(rate) and run.is_finished and not _is_controlled(run):
             yield from unusual_win_rate(run.name, rate)
         trainer = run.config.trainer
@@ -104,7 +104,7 @@ def _is_controlled(run: Run) -> bool:
 
 
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Cautions for grids, which are three or more finished runs that differ only in their optimizer settings."""
+    """Yield cautions for grids: groups of three or more finished runs that differ only in their optimizer settings."""
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.is_finished and math.isfinite(_last(run, "validation/loss")):
@@ -117,19 +117,19 @@ def _edges(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _optimizer_settings(run: Run) -> dict[str, Any]:
-    """The optimizer's settings without the final learning rate, which studies derive from the peak."""
+    """Return the optimizer settings, except for the final learning rate, which studies derive from the peak."""
     settings = {name: value for name, value in flat(run.config).items() if name.startswith("optimizer.")}
     return {name: value for name, value in settings.items() if name != "optimizer.final_learning_rate"}
 
 
 def _besides_optimizer(run: Run) -> str:
-    """The settings of the model, the batches and the run length, as text."""
+    """Return the settings of the model, the batches and the length of the run as text."""
     names = ("num_train_steps", "batch_size", "batch_size_changes")
     return str([run.config.model, *(getattr(run.config.trainer, name) for name in names)])
 
 
 def loss_panels(comparability: Comparability) -> list[Panel]:
-    """The loss panels, in comparable units if possible."""
+    """Return the loss panels, in units that are comparable between the runs if possible."""
     validation = VALIDATION if comparability.same_tokenizer and comparability.same_text else BITS
     if comparability.same_tokenizer:
         return [validation, TRAINING]
@@ -137,7 +137,7 @@ def loss_panels(comparability: Comparability) -> list[Panel]:
 
 
 def axes_of(runs: Sequence[Run]) -> list[Axis]:
-    """The axes that are known for at least one of the runs."""
+    """Return the axes on which the positions of at least one run are known."""
     return [axis for axis in AXES if any(axis.positions(run, np.zeros(1)) is not None for run in runs)]
 
 
@@ -176,17 +176,17 @@ def render(runs: Sequence[Run], comparability: Comparability) -> str:
 
 
 def _shown(value: object) -> object:
-    """Convert a value to text for the page. Values that are already markup, such as images, are left unchanged."""
+    """Convert a value to text for the page. Values that are already markup, such as images, are unchanged."""
     return value if isinstance(value, Markup) else one_line(value)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An entry of a table.
+    """A cell of a table.
 
     Attributes:
-        text: the text.
-        best: whether it is the best in its column.
+        text: the text to show.
+        best: whether the value is the best in its column.
         remark: a word to show after the text; may be empty.
     """
 
@@ -214,7 +214,7 @@ COLUMNS = (
 
 
 def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cell]]:
-    """A row for each run, with a cell for each of `COLUMNS`."""
+    """Return a row for each run, with a cell for each column in `COLUMNS`."""
     losses = [_last(run, "validation/loss") for run in runs]
     lowest = [_lowest(run) for run in runs]
     bits = [_last(run, "validation/bits_per_byte") for run in runs]
@@ -241,7 +241,7 @@ def headline(runs: Sequence[Run], comparability: Comparability) -> list[list[Cel
 
 
 def sets_and_tasks(runs: Sequence[Run]) -> list[Row]:
-    """The last losses on named validation sets and the last task scores: each name with its value in each run."""
+    """Return a row for each named validation set and each task, with the last loss or score in each run."""
     logged = dict.fromkeys(name for run in runs for name in run.series)
     names = [name for name in logged if fnmatchcase(name, "validation/*/*") or fnmatchcase(name, "tasks/*")]
     return [(name, [_with_interval(run, name) for run in runs]) for name in names if not name.endswith("_interval")]
@@ -284,7 +284,7 @@ def _lowest(run: Run) -> float:
 
 def _is_lowest(value: float, values: Sequence[float]) -> bool:
     finite = [other for other in values if math.isfinite(other)]
-    # Compare values as they are shown, so that values that look equal count as equal.
+    # Compare the formatted values, so that values that look the same count as equal.
     return len(finite) > 1 and _decimals(value) == _decimals(min(finite))
 
 
@@ -306,10 +306,10 @@ def _throughput(run: Run) -> str:
 
 
 def _utilisation(run: Run) -> str:
-    """The mean MFU over time: the model FLOPs of all steps as a share of what the devices could have computed."""
+    """Format the mean MFU over time: the model FLOPs of all steps divided by the peak FLOPs during that time."""
     if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
-    # Each step is weighted by its duration, because all steps have the same model FLOPs per token.
+    # Weight each step by its duration, because all steps have the same model FLOPs per token.
     shares = run.series["train/mfu"]
     steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
     seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]

@@ -1,4 +1,4 @@
-"""The panels of a report, with their captions, and the horizontal axes of curves."""
+"""The panels of a report with their captions, and the horizontal axes of the curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTS = ((1.0, ""), (1e3, "thousands"), (1e6, "millions"), (1e9, "billions"), (
 FLOPS = ((1.0, ""), (1e9, "10⁹"), (1e12, "10¹²"), (1e15, "10¹⁵"), (1e18, "10¹⁸"), (1e21, "10²¹"), (1e24, "10²⁴"))
 TIMES = ((1.0, "seconds"), (MINUTE, "minutes"), (HOUR, "hours"), (DAY, "days"))
 ADVISED_WIN_RATES = (0.1, 0.5)  # from the README of the authors' code
-LEAST = 2.0  # a unit is used if the longest run spans at least this many of them
+LEAST = 2.0  # a unit is used if the longest run spans at least this many units
 
 
 class Kind(Enum):
@@ -35,13 +35,13 @@ class Panel:
     Attributes:
         key: the panel's name in file names.
         title: the title above the panel.
-        series: the name in metrics.jsonl, or a pattern with * for several curves.
+        series: the name of the series in metrics.jsonl, or a pattern with * for several curves.
         label: the label of the vertical axis.
-        caption: an explanation in a sentence or two.
-        kind: how its curves are drawn.
-        limits: limits of the vertical axis; if None, they are fitted to the curves.
+        caption: an explanation in one or two sentences.
+        kind: how the curves are drawn.
+        limits: limits of the vertical axis; if None, they are chosen to fit the curves.
         from_zero: whether the vertical axis starts at 0.
-        may_be_logarithmic: whether the vertical axis becomes logarithmic if values are far apart.
+        may_be_logarithmic: whether to use a logarithmic vertical axis if the values are far apart.
     """
 
     key: str
@@ -173,7 +173,7 @@ OTHERS = (
 
 
 def other_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels, other than the loss panels, for which the runs have data. Registered metrics come last."""
+    """Return the panels for which the runs have data, except the loss panels. Registered metrics come last."""
     sections = dict.fromkeys(name.partition("/")[0] for run in runs for name in run.series if "/" in name)
     metrics = [
         Panel(f"metric-{name}", name, f"{name}/*", name, "", Kind.LINE, may_be_logarithmic=True)
@@ -185,14 +185,14 @@ def other_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _with_key(panel: Panel, runs: Sequence[Run]) -> Panel:
-    """Add the names of the panel's curves to its caption, if there are several."""
+    """Add the names of the curves to the caption of the panel if there are several."""
     labels = curve_labels(panel, runs).values()
     shown = f"{panel.caption} From lightest to darkest: {', '.join(labels)}.".lstrip()
     return replace(panel, caption=shown) if len(labels) > 1 else panel
 
 
 def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
-    """The labels of a panel's series (the text that `*` matches), keyed by the series' names in metrics.jsonl."""
+    """Return the label of each series in a panel (the text matched by `*`), keyed by its name in metrics.jsonl."""
     if "*" not in panel.series:
         return {panel.series: ""} if any(panel.series in run.series for run in runs) else {}
     before, _, after = panel.series.partition("*")
@@ -201,7 +201,7 @@ def curve_labels(panel: Panel, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def curves_of(panel: Panel, run: Run) -> list[Series]:
-    """The series of a run that belong in a panel."""
+    """Return the series of a run that are shown in a panel."""
     return [run.series[name] for name in curve_labels(panel, [run])]
 
 
@@ -217,11 +217,11 @@ class Axis:
     """A horizontal axis.
 
     Attributes:
-        key: the axis's name in file names and on the page.
-        title: the title of its button.
+        key: the name of the axis in file names and on the page.
+        title: the text of the button that selects the axis.
         label: the label of the axis.
-        units: the sizes and names of units, in ascending order.
-        positions: returns a run's positions after the given numbers of steps [point], or None if they are unknown.
+        units: the size and name of each unit, in ascending order.
+        positions: returns the positions of a run after the given numbers of steps [point], or None if unknown.
     """
 
     key: str
@@ -231,7 +231,7 @@ class Axis:
     positions: Callable[[Run, np.ndarray], np.ndarray | None]
 
     def unit(self, runs: Iterable[Run]) -> tuple[float, str]:
-        """The size of a unit that suits the runs, and the axis label with the unit's name."""
+        """Choose a unit that suits the runs. Return its size, and the axis label including its name."""
         ends = [self.positions(run, np.array([run.steps_done])) for run in runs]
         longest = max((float(end[0]) for end in ends if end is not None), default=0.0)
         size, name = [unit for unit in self.units if unit[0] * LEAST <= longest or unit == self.units[0]][-1]

@@ -1,4 +1,4 @@
-"""Plots of curves from runs and studies. Only this module and `heat_maps` import matplotlib."""
+"""Plots of the curves of runs and studies. Only this module and `heat_maps` import matplotlib."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from sophia_levanter.studies.panels import (
 from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
 from sophia_levanter.studies.runs import Run
 
-# Okabe and Ito's colours, which suit all kinds of colour vision. Yellow is omitted: it is too faint on white.
+# Okabe and Ito's colours, which suit all kinds of colour vision. Yellow is omitted because it is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
-MOST_STYLES = len(COLOURS) * len(LINES)  # further lines repeat these styles
+MOST_STYLES = len(COLOURS) * len(LINES)  # styles repeat after this many lines
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 FAINTEST = 0.25  # opacity of a run's faintest curve in a panel
-ADVISED_GREY = "0.93"  # background of the win rates that the authors advise
-MOST_MARKERS = 25  # on a curve
-SIZE = (5.2, 3.2)  # of a panel, in inches
-LETTERS, LINE_HEIGHT = 14, 0.19  # in a legend: letters per inch, and line height in inches
+ADVISED_GREY = "0.93"  # background of the range of win rates recommended by the authors
+MOST_MARKERS = 25  # maximum number of markers on a curve
+SIZE = (5.2, 3.2)  # size of a panel, in inches
+LETTERS, LINE_HEIGHT = 14, 0.19  # letters per inch and line height in inches, for legends
 DPI = 220
 SHORT_NAME = 40
 MOST_POINTS = 2000
-WINDOW = 0.05  # the share of a curve over which smoothing averages
-SETTLED = 0.1  # the share of a curve after which its values determine the limits
+WINDOW = 0.05  # length of the smoothing window, as a fraction of the curve
+SETTLED = 0.1  # fraction of a curve to skip at the beginning when choosing limits
 MARGIN = 0.05
 LOOK: Any = {
     "font.size": 9,
@@ -65,20 +65,20 @@ LOOK: Any = {
     "ytick.color": "0.3",
     "legend.frameon": False,
     "svg.hashsalt": "report",
-    # Dollar signs in the names of runs and arms do not mark mathematics.
+    # Dollar signs in the names of runs and arms are not math delimiters.
     "text.parse_math": False,
 }
 
 
 def svg(panel: Panel, runs: Sequence[Run], axis: Axis) -> str:
-    """Draw a panel without a legend, as a `data:` URL."""
+    """Draw a panel without a legend. Return an SVG image as a `data:` URL."""
     with _figure(1) as (figure, (axes,)):
         _draw(axes, panel, runs, axis)
         return as_url(figure)
 
 
 def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
-    """Draw panels with titles, two per row, with a legend for the runs and for the curves of each run."""
+    """Draw panels with titles, two per row, and a legend for the runs and their curves. Return a PNG image."""
     with _figure(len(panels)) as (figure, places):
         drawn = {i: run.name for i, run in enumerate(runs) if any(curves_of(panel, run) for panel, _ in panels)}
         samples = _samples(drawn if len(runs) > 1 else {})
@@ -96,16 +96,16 @@ def png(panels: Sequence[tuple[Panel, Axis]], runs: Sequence[Run]) -> bytes:
 
 
 def study_pictures(cells: Sequence[Cell]) -> dict[str, bytes]:
-    """Draw the arms' best points as PNGs.
+    """Draw the results at the best point of each arm.
 
     Args:
-        cells: the study's results.
+        cells: the results of the study.
 
     Returns:
-        The images, keyed by file name: `final_loss.png`, `curves.png` and, if a run has a win rate, `win_rate.png`.
+        PNG images, keyed by file name: `final_loss.png`, `curves.png` and, if a run has a win rate, `win_rate.png`.
     """
     records = {arm: finished(cells, arm) for arm in dict.fromkeys(cell.arm for cell in cells)}
-    # Arms without a finished run come last, so that the others have the same style in all images.
+    # Put arms without a finished run last, so that the others have the same style in all images.
     runs = [as_run(record, arm) for arm, record in records.items() if record is not None]
     others = [arm for arm, record in records.items() if record is None]
     pictures = {
@@ -137,12 +137,12 @@ def _final_losses(cells: Sequence[Cell], arms: Sequence[str]) -> bytes:
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Matplotlib arguments for a line, given its number, counted from 0."""
+    """Return Matplotlib arguments for the line with the given number, counted from 0."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def sample_of_line(number: int) -> str:
-    """A sample of a run's line, as a `data:` URL of a small image."""
+    """Draw a short sample of the line with the given number. Return an SVG image as a `data:` URL."""
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(0.5, 0.16))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -160,7 +160,7 @@ def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
 
 
 def as_url(figure: Figure) -> str:
-    """Convert a figure to an SVG, as a `data:` URL."""
+    """Convert a figure to an SVG image, encoded as a `data:` URL."""
     content = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(content, format="svg", metadata=nothing, transparent=True)
@@ -168,23 +168,23 @@ def as_url(figure: Figure) -> str:
 
 
 def as_png(figure: Figure, samples: Sequence[Line2D] = ()) -> bytes:
-    """Convert a figure to a PNG, with a legend for `samples`."""
+    """Convert a figure to a PNG image, with a legend for `samples`."""
     if samples:
         longest = max(len(str(sample.get_label())) for sample in samples)
         columns = max(1, min(4, int(figure.get_figwidth() * LETTERS / (longest + 6))))
-        # Enlarge the figure, so that the panels keep their size.
+        # Enlarge the figure so that the panels keep their size.
         figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * -(-len(samples) // columns))
         figure.legend(handles=samples, loc="outside upper center", ncols=columns)
     content = io.BytesIO()
     with warnings.catch_warnings():
-        # Characters that matplotlib's font lacks become boxes; the warning would not help.
+        # Characters that are missing from matplotlib's font are drawn as boxes. A warning would not help the user.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.savefig(content, format="png", dpi=DPI)
     return content.getvalue()
 
 
 def _samples(names: Mapping[int, str]) -> list[Line2D]:
-    """Legend lines for names that are keyed by line number."""
+    """Create legend entries for names keyed by line number."""
     return [_sample(name, marker=_marker(number), **style_of(number)) for number, name in names.items()]
 
 
@@ -196,12 +196,12 @@ def _sample(name: str, **style: Any) -> Line2D:
 
 
 def shown_name(name: str) -> str:
-    """Format a name for an image: on one line and not too long."""
+    """Format a name for an image by putting it on one line and shortening it if necessary."""
     return shortened(one_line(name), SHORT_NAME)
 
 
 def _strengths(names: Collection[str]) -> dict[str, float]:
-    """The opacity of each series' curves, which is the same for all runs."""
+    """Return the opacity of each series. It is the same in all runs."""
     return dict(zip(names, np.linspace(1, FAINTEST, len(names))[::-1].tolist(), strict=True))
 
 
@@ -253,13 +253,13 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
         return
-    # A diverged curve may leave the plot, so that the others can be told apart.
+    # Diverged curves may extend beyond the plot, so that the other curves remain distinguishable.
     curves = [values for run, values in drawn if not run.has_diverged] or [values for _, values in drawn]
     found = limits(curves)
     if found is None:
         return
     if panel.series.endswith("/*") and not spans_decades(curves):
-        return  # a registered metric is shown in full
+        return  # show registered metrics in full
     if panel.from_zero:
         top = max(float(np.nanmax(values)) for _, values in drawn if np.isfinite(values).any())
         axes.set_ylim(0, 1.05 * top or 1.0)
@@ -275,8 +275,9 @@ class Bins(NamedTuple):
     """Bins of neighbouring points.
 
     Attributes:
-        x: the mean position in each bin, float64 [bin].
-        mean, low, high: the mean, minimum and maximum finite value, float64 [bin]; NaN for a bin without finite values.
+        x: float64 [bin], the mean position in each bin.
+        mean, low, high: float64 [bin], the mean, minimum and maximum of the finite values in each bin; NaN if the bin
+            has none.
     """
 
     x: np.ndarray
@@ -291,7 +292,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
     Args:
         x: positions [point].
         y: values [point]; NaN for gaps.
-        most: the largest number of bins.
+        most: the maximum number of bins.
     """
     if len(x) <= most:
         return Bins(x, y, y, y)
@@ -307,7 +308,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> Bins:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """The mean of the finite values in a window around each point: float64 [point]. The ends truncate the window.
+    """Average the finite values in a window around each point: float64 [point]. The window is truncated at the ends.
 
     Args:
         y: values [point]; NaN for gaps, which remain gaps.
@@ -322,16 +323,16 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Limits that show how curves end, ignoring steep beginnings and outlying curves.
+    """Choose axis limits that show how curves end, ignoring steep beginnings and outlying curves.
 
     The first tenth of each curve is ignored and, for the upper limit, so are its highest values. The upper limit covers
-    the median curve, curves near it, and the ends of other curves that come down.
+    the median curve, curves near it, and the ends of other curves that are descending.
 
     Args:
         curves: the values [point] of each curve; NaN for gaps.
 
     Returns:
-        The lower and upper limits; None if no value is finite.
+        The lower and upper limits, or None if no value is finite.
     """
     settled = [_finite(curve[int(len(curve) * SETTLED) :]) for curve in curves]
     settled = [values for values in settled if values.size]
@@ -347,7 +348,7 @@ def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
 
 
 def spans_decades(curves: Sequence[np.ndarray]) -> bool:
-    """Whether all values are positive and far enough apart for a logarithmic axis."""
+    """Return whether all values are positive and their range is wide enough for a logarithmic axis."""
     finite = _finite(np.concatenate(list(curves)))
     return bool(finite.size) and finite.min() > 0 and math.log10(finite.max() / finite.min()) > 1.5
 

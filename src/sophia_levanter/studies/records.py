@@ -1,4 +1,4 @@
-"""`study.json`: the results of a study's runs. The file accumulates, and the runs in it are not trained again."""
+"""`study.json`: the results of the runs in a study. Results accumulate, and recorded runs are not trained again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular, write_atomically
 
-# Fields that do not change a run's result, such as the locations of its files and how often it logs and saves.
+# Fields that do not affect the result of a run, such as file locations and how often the run logs and saves.
 _NO_MATTER = (
     "data.train",
     "data.validation",
@@ -48,19 +48,19 @@ class Record:
     """The result of one run.
 
     Attributes:
-        config: the configuration, keyed by dotted field name, without the fields that do not change the result.
+        config: the configuration, keyed by dotted field name, without fields that do not affect the result.
         status: "done", or "diverged" if the run was stopped because its loss rose or was not finite.
         loss: validation loss at the end of the schedule, in nats per token; None if the run diverged.
         bits_per_byte: the same loss in bits per byte of text; None if the run diverged.
         validation: entries [steps done, validation loss].
         training: entries [steps done, mean training loss over the steps since the previous entry].
-        win_rate: entries [steps done, share of coordinates with an unclipped step, or None]; empty without curvature.
-        seconds: median time of a step without a refresh and of a step with one (None without curvature).
-        parameters: number of parameters, including the padding of the vocabulary; 0 in older records of runs that
-            diverged before their first checkpoint.
+        win_rate: entries [steps done, fraction of unclipped coordinates, or None]; empty without curvature.
+        seconds: median duration of a step without a refresh and of a step with a refresh (None without curvature).
+        parameters: number of parameters, including vocabulary padding; 0 in older records of runs that diverged before
+            their first checkpoint.
         flops_per_token: FLOPs per token for the forward and backward pass.
-        facts: facts about the data and environment from the run's checkpoints, if it has any, and the package's
-            version; `shared_steps` is the number of steps taken over from a shorter run, if any.
+        facts: metadata about the data and environment from the run's checkpoints, if it has any, and the version of the
+            package. `shared_steps` is the number of steps reused from a shorter run, if any.
     """
 
     config: dict[str, Any]
@@ -77,21 +77,21 @@ class Record:
 
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
-    """The fields that determine a run's result, keyed by dotted name."""
+    """Return the fields that affect the result of a run, keyed by dotted name."""
     matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
     return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}  # named sets
 
 
 def config_of(record: Record) -> TrainConfig:
-    """The configuration of a record. Fields that do not change the result have their default values."""
+    """Return the configuration of a record. Fields that do not affect the result have their default values."""
     return build_config([{name: Setting(value, Path("study.json")) for name, value in record.config.items()}])
 
 
 def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
-    """The record for a configuration; None if no record matches.
+    """Return the record for a configuration, or None if no record matches.
 
-    Fields that did not exist in the version that wrote the record count as having their default values. A record with a
-    field that does not exist in this version matches no configuration.
+    Fields that did not exist in the version that wrote a record are assumed to have their default values. A record with
+    a field that does not exist in this version does not match any configuration.
     """
     wanted = flat_config(config)
     defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
@@ -102,7 +102,7 @@ def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a study file; empty if the file does not exist.
+    """Read the records in a study file. Return an empty list if the file does not exist.
 
     Raises:
         InputError: if the file was not written by `write_records`.
@@ -122,7 +122,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, name: str, records: Iterable[Record]) -> None:
-    """Replace the file atomically."""
+    """Write the records to a study file, replacing it atomically."""
     runs = ",\n".join(json.dumps(dataclasses.asdict(record)) for record in records)
     text = f'{{"format": {FORMAT}, "study": {json.dumps(name)}, "runs": [\n{runs}\n]}}\n'
     write_atomically(path, text.encode())

@@ -1,4 +1,4 @@
-"""The report on a study: Markdown tables, and images next to them."""
+"""The report on a study: a Markdown page with tables and plots."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from sophia_levanter.studies.study import PlannedRun, Study
 from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
-# A win rate outside this range means that rho is unsuitable: almost all coordinates are clipped, or almost none.
+# A win rate outside this range means that rho is unsuitable, because almost all coordinates are clipped or almost none.
 WIN_RATES = (0.1, 0.9)
 FEWEST_EVALUATIONS = 5
 
 
 def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Record], out: Path) -> str:
-    """Write `report.md` and the plots into a directory, and return the report's text.
+    """Write `report.md` and the plots to a directory, and return the text of the report.
 
     Args:
         study: the study.
-        runs: the study's runs.
-        records: the results, which may include those of runs that are no longer in the study.
-        out: the directory.
+        runs: the runs of the study.
+        records: the results, which may include results of runs that are no longer part of the study.
+        out: the output directory.
 
     Raises:
         InputError: if matplotlib is not installed.
@@ -82,7 +82,7 @@ def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
 
 
 def _budget(records: Sequence[Record], shared: int) -> str:
-    """Describe how much was trained, for studies whose runs share steps."""
+    """Describe the total amount of training in a study whose runs share steps."""
     trained = {id(record): steps_trained(record) for record in records}
     tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
@@ -93,7 +93,7 @@ def _budget(records: Sequence[Record], shared: int) -> str:
 
 
 def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
-    """Cautions about each arm's best point for its longest schedule."""
+    """Yield cautions about the best point of each arm at its longest schedule."""
     for arm in dict.fromkeys(cell.arm for cell in cells):
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
@@ -105,7 +105,7 @@ def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A caution for each numeric setting whose value in the best point is the smallest or largest tried."""
+    """Yield a caution for each numeric setting whose value at the best point is the smallest or largest one tried."""
     for field, value in best.items():
         if type(value) not in (int, float):
             continue
@@ -116,7 +116,7 @@ def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str,
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
-    """A caution if the win rate shows that rho is unsuitable."""
+    """Yield a caution if the win rate shows that rho is unsuitable."""
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
@@ -124,14 +124,14 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
-    """A caution if there are too few validation losses for a curve."""
+    """Yield a caution if there are too few validation losses to plot a curve."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
         yield f"{losses} too few for a curve; use {FEWEST_EVALUATIONS} or more."
 
 
 def _last(field: str) -> str:
-    """The name of a field without its section."""
+    """Return the name of a field without its section."""
     return field.split(".")[-1]
 
 
@@ -162,7 +162,7 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
 
 
 def _cost_ratios(cells: Sequence[Cell], arm: str, baseline: str) -> tuple[float, float]:
-    """The ratios of the arm's FLOPs and seconds per token to those of the baseline."""
+    """Return the ratios of FLOPs per token and seconds per token between the arm and the baseline."""
 
     def record(name: str) -> Record:
         cell = best(cells, name, lengths(cells, name)[-1])
@@ -179,7 +179,7 @@ def _factor(found: SpeedUp, cost: float) -> str:
 
 
 def _interval(found: SpeedUp) -> str:
-    # For a bound, the bootstrap gives an interval of bounds.
+    # If the factor is a bound, the bootstrap interval also consists of bounds and is not shown.
     if found.low is None or found.bound:
         return "–"
     return f"{found.low:.2f}–{found.high:.2f} ({found.seeds} seeds)"
@@ -214,7 +214,7 @@ def _win_rate(cell: Cell) -> str:
 
 
 def mean_win_rate(cell: Cell) -> float | None:
-    """The mean win rate at the end of a cell's runs; None if no run has one."""
+    """Return the mean final win rate over the runs of a cell, or None if no run has a win rate."""
     rates = [r.win_rate[-1][1] for r in cell.records.values() if r.win_rate]
     known = [rate for rate in rates if rate is not None]
     return sum(known) / len(known) if known else None

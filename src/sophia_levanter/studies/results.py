@@ -1,8 +1,8 @@
-"""The results of a study, arm by arm, and the paper's speed-up.
+"""The results of a study for each arm, and the speed-up as defined in the Sophia paper.
 
-The speed-up compares whole schedules. It is s if an arm with a schedule of T / s tokens reaches the loss that the
-baseline has at the end of its own schedule of T tokens (arXiv 2305.14342, section 3.2). The loss after T / s tokens of
-a longer schedule is not comparable, because the learning rate is still high at that point.
+The speed-up compares complete schedules. It is s if an arm with a schedule of T / s tokens reaches the loss that the
+baseline reaches at the end of its own schedule of T tokens (arXiv 2305.14342, section 3.2). The loss after T / s tokens
+of a longer schedule is not comparable, because the learning rate is still high at that point.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of an arm's grid at one schedule length.
+    """The results for one point in the grid of an arm at one schedule length.
 
     Attributes:
-        arm: the arm's name.
-        point: the grid's fields with their values.
-        tokens: the schedule's length in training tokens.
-        records: the records, keyed by seed.
+        arm: the name of the arm.
+        point: the value of each field in the grid.
+        tokens: the length of the schedule in training tokens.
+        records: the records of the runs, keyed by seed.
     """
 
     arm: str
@@ -42,7 +42,7 @@ class Cell:
     records: dict[int, Record] = field(default_factory=dict)
 
     def losses(self, seeds: Sequence[int] | None = None) -> list[float]:
-        """Final validation losses for all seeds, or for `seeds`, which may repeat; infinite for a diverged run."""
+        """Return the final validation losses (inf for diverged runs) for all seeds or for `seeds`, which may repeat."""
         chosen = list(self.records) if seeds is None else seeds
         return [math.inf if (loss := self.records[s].loss) is None else loss for s in chosen]
 
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation over seeds; None if there are fewer than two seeds or a run diverged."""
+        """The standard deviation over seeds, or None if there are fewer than two seeds or a run diverged."""
         losses = self.losses()
         return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None
 
@@ -64,7 +64,7 @@ class Cell:
 
 
 def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]:
-    """The cells with at least one record, in the study's order."""
+    """Return the cells with at least one record, in the order of the study."""
     cells: dict[tuple, Cell] = {}
     for run in runs:
         record = find(records, run.config)
@@ -76,7 +76,7 @@ def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]
 
 
 def best(cells: Sequence[Cell], arm: str, tokens: int) -> Cell | None:
-    """An arm's point with the lowest mean loss for a schedule length, among the points with the most seeds."""
+    """Return the cell with the lowest mean loss for an arm and a length, among the cells with the most seeds."""
     candidates = [cell for cell in cells if cell.arm == arm and cell.tokens == tokens]
     if not candidates:
         return None
@@ -85,12 +85,12 @@ def best(cells: Sequence[Cell], arm: str, tokens: int) -> Cell | None:
 
 
 def lengths(cells: Sequence[Cell], arm: str) -> list[int]:
-    """The schedule lengths for which an arm has results, shortest first."""
+    """Return the schedule lengths for which an arm has results, in ascending order."""
     return sorted({cell.tokens for cell in cells if cell.arm == arm})
 
 
 def finished(cells: Sequence[Cell], arm: str) -> Record | None:
-    """The record of a finished run at an arm's best point, for the longest schedule with such a run."""
+    """Return the record of a finished run at an arm's best point, or None. Longer schedules take precedence."""
     for tokens in reversed(lengths(cells, arm)):
         cell = best(cells, arm, tokens)
         for record in () if cell is None else cell.records.values():
@@ -100,12 +100,12 @@ def finished(cells: Sequence[Cell], arm: str) -> Record | None:
 
 
 def as_run(record: Record, name: str) -> Run:
-    """Convert a record to a run with its curves and costs, for plots."""
+    """Convert a record to a `Run`, so that its curves and costs can be plotted."""
     config, seconds = config_of(record), seconds_per_step(record)
     curves = {"validation/loss": record.validation, "optim/win_rate": record.win_rate}
     series = {key: _series(curve) for key, curve in curves.items() if curve}
     if seconds:
-        # Use one rate for all steps, because the record has only the median times of steps.
+        # Use the same rate for all steps, because the record contains only the median durations of steps.
         series["train/tokens_per_second"] = _series(
             [[config.trainer.num_train_steps, tokens_per_step(record) / seconds]]
         )
@@ -118,12 +118,12 @@ def _series(curve: Sequence[Sequence[float | None]]) -> Series:
 
 
 def flops_per_token(record: Record) -> float:
-    """FLOPs per token for a whole step, including the curvature and work on matrices."""
+    """Return the FLOPs per token of a complete step, including the curvature and whole-matrix operations."""
     return flops_per_step(config_of(record), record.flops_per_token) / tokens_per_step(record)
 
 
 def seconds_per_step(record: Record) -> float:
-    """Median seconds per step on the run's machine, with the refreshes averaged over all steps."""
+    """Return the median seconds per step on the machine of the run, with refreshes averaged over all steps."""
     plain, refresh = record.seconds
     if refresh is None or plain is None:
         return plain or refresh or 0.0
@@ -131,31 +131,31 @@ def seconds_per_step(record: Record) -> float:
 
 
 def tokens_per_step(record: Record) -> int:
-    """The number of training tokens in a step."""
+    """Return the number of training tokens in a step."""
     return record.config["trainer.batch_size"] * record.config["model.seq_len"]
 
 
 def shared_steps(record: Record) -> int:
-    """The number of steps that the run took over from a shorter run."""
+    """Return the number of steps that the run reused from a shorter run."""
     return record.facts.get(SHARED_STEPS, 0)
 
 
 def steps_trained(record: Record) -> int:
-    """The number of steps that the run itself trained, until it ended or was stopped."""
+    """Return the number of steps that the run itself trained before it ended or was stopped."""
     last = int(record.training[-1][0] or 0) if record.training else 0
     return max(0, last - shared_steps(record))
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """The factor s at one length of the baseline's schedule.
+    """The speed-up s for one schedule length of the baseline.
 
     Attributes:
-        tokens: the length T of the baseline's schedule.
-        factor: s; the arm is faster if it is above 1.
-        bound: "" if `factor` is exact. If `factor` is only a bound, ">" if the arm's shortest schedule already reaches
-            the loss, or "<" if its longest does not.
-        low, high: 95 % bootstrap interval over seeds; None if there are fewer than two common seeds.
+        tokens: the length T of the baseline's schedule, in training tokens.
+        factor: the speed-up s. The arm is faster than the baseline if s is above 1.
+        bound: "" if `factor` is exact; ">" if `factor` is a lower bound, because even the arm's shortest schedule
+            reaches the loss; "<" if `factor` is an upper bound, because even its longest schedule does not.
+        low, high: 95% bootstrap interval over seeds; None if there are fewer than two common seeds.
         seeds: the number of common seeds.
     """
 
@@ -168,9 +168,9 @@ class SpeedUp:
 
 
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
-    """The speed-up for each of the baseline's schedule lengths, using each arm's best point for each length.
+    """Compute the speed-up for each schedule length of the baseline, using the best point of each arm at each length.
 
-    Lengths for which the baseline diverged are left out, because they give no loss to reach.
+    Lengths at which the baseline diverged are excluded, because there is no loss to reach.
     """
     curve, targets = (
         [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
@@ -184,7 +184,7 @@ def _speed_up(curve: Sequence[Cell], target: Cell) -> SpeedUp:
     factor, bound = _factor(curve, target, None)
     low = high = None
     if len(seeds) > 1:
-        # Resample seeds, not runs: for each seed, arms share data and initial weights, so pairing cancels that noise.
+        # Resample seeds, not runs. With the same seed, arms share data and initial weights, so pairing cancels noise.
         draws = np.random.default_rng(0).choice(seeds, (RESAMPLES, len(seeds)))
         factors = [_factor(curve, target, [int(s) for s in draw])[0] for draw in draws]
         low, high = (float(q) for q in np.quantile(factors, (0.025, 0.975)))
@@ -199,16 +199,16 @@ def _factor(curve: Sequence[Cell], target: Cell, seeds: Sequence[int] | None) ->
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
-    """The schedule length that reaches a loss, interpolated linearly in the logarithm of the length.
+    """Find the schedule length that reaches a loss, by linear interpolation in the logarithm of the length.
 
     Args:
         wanted: the loss to reach.
-        tokens: the measured lengths, ascending.
+        tokens: the measured schedule lengths, in ascending order.
         losses: the loss at the end of each schedule.
 
     Returns:
-        The length, and "" if it is exact, ">" if the shortest schedule already reaches the loss (so the true length is
-        shorter), or "<" if the longest schedule does not reach it.
+        The length, and "" if it is exact, ">" if even the shortest schedule reaches the loss (so the true length is
+        shorter), or "<" if even the longest schedule does not reach it.
     """
     if losses[0] <= wanted:
         return tokens[0], "" if losses[0] == wanted else ">"

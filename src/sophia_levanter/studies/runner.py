@@ -1,4 +1,4 @@
-"""Train the runs of a study, each in a `sophia_levanter.main` process, so that a comparison tests what users run.
+"""Train the runs of a study, each in its own `sophia_levanter.main` process, as a user would.
 
 The runs are trained one after another, or as Ray tasks with one core each.
 """
@@ -46,19 +46,19 @@ CANCEL_SECONDS = 60
 
 
 class RunFailed(Exception):
-    """A run ended without a result. The message is the run's own error message."""
+    """A run ended without a result. The message contains the error message of the run."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to train.
+    """A run to train.
 
     Attributes:
         config: the run's configuration.
-        directory: the run directory; an interrupted run continues from there.
-        threads: number of compute threads in its process; None for one per core.
-        start: the steps to take over from a shorter run; None to train in full.
-        keep_step: the step whose checkpoint is kept for a longer run; None to keep no checkpoint.
+        directory: the run directory, from which an interrupted run is resumed.
+        threads: number of compute threads in the process; None for one thread per core.
+        start: the steps to reuse from a shorter run; None to train from scratch.
+        keep_step: the step at which to keep a checkpoint for a longer run; None to keep no checkpoint.
     """
 
     config: TrainConfig
@@ -73,34 +73,34 @@ CheckStop = Callable[[], None]
 
 
 def job_directory(folder: Path, config: TrainConfig) -> Path:
-    """The directory of a run. Its name is derived from the configuration, so that an interrupted study finds it."""
+    """Return the directory of a run. Its name is derived from the configuration, so a resumed study can find it."""
     return folder / hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
 def jobs_of(
     configs: Sequence[TrainConfig], missing: Sequence[TrainConfig], folder: Path, say: Callable[[str], None]
 ) -> list[Job]:
-    """The jobs for the runs without a record, in order. Runs of different lengths share steps if possible.
+    """Create jobs for the runs without a record, in order. Runs of different lengths share steps if possible.
 
     Args:
         configs: the configurations of all runs in a study, shorter runs first.
         missing: the configurations without a record.
         folder: the folder that contains the run directories.
-        say: prints a message about which steps are shared, or about a run that starts again.
+        say: prints messages about shared steps and about runs that start over.
     """
-    # Leave the accelerators to the runs, which are separate processes.
+    # Leave the accelerators to the runs, which use separate processes.
     jax.config.update("jax_platforms", "cpu")
     places = {job_directory(folder, config): config for config in configs}
     to_do = [job_directory(folder, config) for config in missing]
     for directory in to_do:
         _set_aside(directory, places[directory], say)
     found, hindrance = find_starts(places)
-    # A shorter run that finished earlier has no checkpoint left.
+    # If the shorter run finished earlier, its checkpoint may have been removed.
     starts = {
         directory: start
         for directory in to_do
         if (start := found.get(directory)) is not None
-        and (not directory.exists() or steps_taken_over(directory))  # otherwise it has already begun from step 0
+        and (not directory.exists() or steps_taken_over(directory))  # otherwise, it has already started from step 0
         and (start.directory in to_do or start.is_saved or steps_taken_over(directory))
     }
     kept = {start.directory: start.step for start in starts.values()}
@@ -114,12 +114,12 @@ def jobs_of(
 
 
 def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
-    """Rename the directory of a run that has neither a record nor a checkpoint, so that the run can start again."""
+    """Rename the directory of a run that has neither a record nor a checkpoint, so that the run can start over."""
     left = RunDirectory(directory, "never", config.trainer.checkpoint_dir)
     if not left.metrics_file.exists() or checkpoint.steps(left.checkpoints):
         return
     held = lock(directory / LOCK_NAME)
-    if held is not None:  # otherwise another process is training it
+    if held is not None:  # otherwise, another process is training the run
         aside = directory.with_name(f"{directory.name}.old")
         with held:
             shutil.rmtree(aside, ignore_errors=True)
@@ -133,7 +133,7 @@ def _set_aside(directory: Path, config: TrainConfig, say: Callable[[str], None])
 
 
 def digests(config: DataConfig) -> dict[str, str]:
-    """Digests of the training and validation tokens, keyed by field name. Missing tokens are prepared.
+    """Compute digests of the training and validation tokens, keyed by field name. Prepare tokens that are missing.
 
     Raises:
         InputError: if a text is missing or empty.
@@ -148,7 +148,7 @@ def _digest(corpus: Tokens | None, facts: Mapping[str, Any]) -> str:
 
 
 def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Generator[Result, None, None]:
-    """Run jobs in order, each on all cores. Yield the index of each job with its record or failure.
+    """Run jobs in order, each on all cores. Yield the index of each job together with its record or failure.
 
     Args:
         jobs: the jobs.
@@ -162,16 +162,16 @@ def one_by_one(jobs: Sequence[Job], check_stop: CheckStop = lambda: None) -> Gen
 
 
 def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result, None, None]:
-    """Run jobs as Ray tasks with one thread each, as many at a time as Ray has cores. Yield results as they arrive.
+    """Run jobs as Ray tasks with one thread each, as many in parallel as Ray has cores. Yield results as they arrive.
 
-    This is faster for small models: two runs with one thread each do more steps than one run with two threads. All
-    machines in a cluster must see the same files. Ray is started on this machine unless RAY_ADDRESS specifies a
-    cluster.
+    This is faster for small models: two runs with one thread each take more steps in the same time than one run with
+    two threads. All machines in a cluster must have access to the same files. Ray is started on this machine unless
+    RAY_ADDRESS specifies a cluster.
 
     Args:
         jobs: the jobs.
-        check_stop: called regularly. If it raises an exception, the tasks end. An exception raised inside Ray can be
-            lost.
+        check_stop: called regularly. If it raises an exception, the tasks are stopped. It is needed because exceptions
+            raised by signal handlers while Ray code is running can be lost.
 
     Raises:
         InputError: if Ray is not installed.
@@ -188,7 +188,7 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
     attempt = ray.remote(num_cpus=1, max_retries=0)(_task)
     tasks: dict[Path, Any] = {}
     for job in jobs:
-        # Ray starts a task when its arguments are available.
+        # Ray starts a task once its arguments are available.
         tasks[job.directory] = attempt.remote(replace(job, threads=1), *_result_before(job, tasks))
     pending = {task: index for index, task in enumerate(tasks.values())}
     try:
@@ -206,12 +206,12 @@ def as_ray_tasks(jobs: Sequence[Job], check_stop: CheckStop) -> Generator[Result
 
 
 def _result_before(job: Job, results: Mapping[Path, Any]) -> list[Any]:
-    """The result of the shorter run that a job waits for, if `results` contains it."""
+    """Return a list with the result of the shorter run that a job depends on, or an empty list if there is none."""
     return [results[job.start.directory]] if job.start and job.start.directory in results else []
 
 
 def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFailed:
-    # Ray cancels tasks with SIGINT. It is handled even if it was ignored, as it is in commands that a shell runs in the
+    # Ray cancels tasks with SIGINT. Handle it even if it was ignored before, as in commands that a shell runs in the
     # background. A second SIGINT must not prevent the run from saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopRequest(signals=[signal.SIGINT])
@@ -231,12 +231,12 @@ def _attempt(job: Job, check_stop: CheckStop, before: Record | RunFailed | None 
 
 
 def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
-    """Train one run until it ends or diverges. Its checkpoints remain until `remove_checkpoints` is called.
+    """Train one run until it ends or diverges. Its checkpoints are kept until `remove_checkpoints` is called.
 
     Args:
         job: the run.
-        check_stop: called regularly. If it raises an exception, the run saves and stops. A second exception kills the
-            run.
+        check_stop: called regularly. If it raises an exception, the run saves its state and stops. A second exception
+            kills the run.
 
     Raises:
         RunFailed: if the process failed.
@@ -250,7 +250,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
     config_file.write_text(dump_config(config), encoding="utf-8")
     log, metrics = job.directory.with_suffix(".log"), job.directory / "metrics.jsonl"
     stale = _inode(metrics)
-    # The variables that limit the threads of XLA, and of LAPACK when XLA calls it.
+    # Variables that limit the number of threads in XLA, and in LAPACK when it is called by XLA.
     limits = ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     with log.open("w") as output, tempfile.TemporaryFile("w+") as status:
         process = subprocess.Popen(
@@ -258,7 +258,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Otherwise, Ctrl-C would also reach the run, and a second signal would end it without saving.
+            # Without this, Ctrl-C would also reach the run, and a second signal would end it without saving.
             process_group=0,
             env=os.environ
             | {VARIABLE: str(status.fileno())}
@@ -268,7 +268,7 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
         try:
             diverged = _watch(process, metrics, stale, check_stop)
         except BaseException:
-            # The run saves its state, and the study continues from there.
+            # Let the run save its state, from which the study can continue later.
             process.send_signal(signal.SIGTERM)
             process.wait()
             raise
@@ -285,11 +285,11 @@ def do(job: Job, check_stop: CheckStop = lambda: None) -> Record:
 
 
 def remove_checkpoints(directories: Iterable[Path], left: Collection[Job]) -> None:
-    """Remove the checkpoints that no run needs anymore. Call this whenever a run has a record.
+    """Remove the checkpoints that are no longer needed. Call this whenever a new record has been written.
 
     Args:
-        directories: the directories of a study's runs.
-        left: the jobs without a record.
+        directories: the directories of the runs in a study.
+        left: the jobs that do not have a record yet.
     """
     needed = {job.directory for job in left}
     needed |= {job.start.directory for job in left if job.start is not None and job.start.is_saved}
@@ -298,7 +298,7 @@ def remove_checkpoints(directories: Iterable[Path], left: Collection[Job]) -> No
 
 
 def _saving(job: Job) -> dict[str, Any]:
-    """Settings that make a run save after `keep_step` and otherwise about as often as configured."""
+    """Return settings that make a run save after `keep_step`, and otherwise about as often as configured."""
     step, trainer = job.keep_step, job.config.trainer
     if step is None or step == trainer.num_train_steps:
         return {}
@@ -314,13 +314,13 @@ def _inode(path: Path) -> int | None:
 def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_stop: CheckStop) -> bool:
     """Wait for the process to end, or stop it if the run has diverged. Return whether the run has diverged.
 
-    The process replaces the metrics file from an earlier attempt, whose inode is `stale`, with the part of it that
-    precedes the step from which the run continues.
+    A metrics file with the inode `stale` is from an earlier attempt. When the run resumes, the process replaces this
+    file with a new one that contains only the lines before the first new step.
     """
     losses: list[float] = []
     position = 0
     while process.poll() is None:
-        for _ in range(10):  # reacts soon after a signal, so that a second one can interrupt the wait
+        for _ in range(10):  # poll often, so that a second signal can interrupt the wait
             check_stop()
             time.sleep(POLL_SECONDS / 10)
         if _inode(metrics) in (None, stale):
@@ -340,12 +340,12 @@ def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_st
 
 
 def record_of(run: Run, *, diverged: bool) -> Record:
-    """The record of a run.
+    """Create the record of a run.
 
     Args:
         run: the run, as read from its directory.
-        diverged: whether the run was stopped because it diverged. A run without a finite final validation loss also
-            counts as diverged.
+        diverged: whether the run was stopped because it diverged. A run without a finite final validation loss is also
+            considered diverged.
     """
     nothing = Series(np.zeros(0, np.int64), np.zeros(0))
     validation, training, win_rate = (
@@ -380,7 +380,7 @@ def _finite(value: float) -> float | None:
 
 
 def _means(series: Series, size: int) -> list[list[float | None]]:
-    """The last step of each group of `size` points, and the mean of the group's finite values."""
+    """Return the last step and the mean of the finite values for each group of `size` points."""
     curve: list[list[float | None]] = []
     for start in range(0, len(series.steps), size):
         values = series.values[start : start + size]
@@ -391,7 +391,7 @@ def _means(series: Series, size: int) -> list[list[float | None]]:
 
 
 def _step_seconds(run: Run, refreshes: np.ndarray) -> list[float | None]:
-    """Median seconds of the steps without a refresh and of the steps with one."""
+    """Return the median seconds of steps without a refresh and of steps with a refresh."""
     if run.rates is None:
         return [None, None]
     seconds = run.config.trainer.batch_size * run.config.model.seq_len / run.rates.values

@@ -1,4 +1,4 @@
-"""Read a run from its directory: the configuration, the metrics, and facts from the newest checkpoint."""
+"""Read a run from its directory: the configuration, the metrics, and the metadata of the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
 
-# A run has diverged if its mean loss over DIVERGED_STEPS steps is more than DIVERGED_NATS above the lowest such mean.
+# A run has diverged if the mean loss over its last DIVERGED_STEPS steps is DIVERGED_NATS above the lowest such mean.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 50
-FACTS = ("environment", "data", "validation")  # in the metadata of a training run's checkpoint
+FACTS = ("environment", "data", "validation")  # sections in the checkpoint metadata of a training run
 
 
 @dataclass(frozen=True)
 class Series:
-    """The numbers that a run has logged under one name.
+    """The values that a run has logged for one metric.
 
     Attributes:
-        steps: the number of steps done when each number was logged, int64 [point], ascending.
-        values: the numbers, float64 [point]; NaN for a number that was not finite.
+        steps: int64 [point], the number of completed steps when each value was logged, in ascending order.
+        values: float64 [point], the logged values; NaN for values that were not finite.
     """
 
     steps: np.ndarray
@@ -52,21 +52,21 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun.
+    """A run that has started.
 
     Attributes:
-        name: the run's name, for people.
+        name: the display name of the run.
         path: the run directory.
-        config: the configuration.
-        series: the logged numbers, keyed by name.
-        facts: metadata of the newest checkpoint, such as `environment`, `data` and `validation`; empty without a
-            checkpoint.
-        checkpoint: a description of that checkpoint, or of why there is none.
-        parameters: number of parameters, including the padding of the vocabulary; None if neither the tokenizer nor a
-            checkpoint provides the vocabulary size.
-        flops_per_token: FLOPs per token for the forward and backward pass; None in the same case.
-        written_at: the time when the metrics were last written, in seconds since 1970.
-        has_damaged_checkpoint: whether a newer checkpoint than that one is damaged.
+        config: the run's configuration.
+        series: the logged metrics, keyed by name.
+        facts: metadata of the newest intact checkpoint, such as `environment`, `data` and `validation`; empty if there
+            is none.
+        checkpoint: a description of that checkpoint, or the reason why there is none.
+        parameters: number of parameters, including vocabulary padding; None if the vocabulary size cannot be determined
+            from a checkpoint or the tokenizer.
+        flops_per_token: FLOPs per token for the forward and backward pass; None if `parameters` is None.
+        written_at: the time at which the metrics were last written, in seconds since 1970.
+        has_damaged_checkpoint: whether a checkpoint newer than the one described is damaged.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Run:
 
     @cached_property
     def has_diverged(self) -> bool:
-        """Whether the loss is far above its lowest, or was not finite in the last `trainer.max_skipped_steps` steps."""
+        """Whether the loss rose far above its minimum, or no loss in the last `max_skipped_steps` steps is finite."""
         if "validation/loss" in self.series and not math.isfinite(self.series["validation/loss"].last):
             return True
         if "train/loss" not in self.series:
@@ -108,47 +108,47 @@ class Run:
         return not np.isfinite(recent).any() or has_diverged(losses.tolist())
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Training tokens after the given numbers of steps: float64 [point]."""
+        """Return the training tokens used after the given numbers of steps: float64 [point]."""
         return self._spent(steps, [part.batch_size * self.config.model.seq_len for part in self.config.trainer.parts])
 
     def flops_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """FLOPs after the given numbers of steps: float64 [point]; None if unknown.
+        """Return the FLOPs used after the given numbers of steps as float64 [point], or None if unknown.
 
-        They include the curvature and work on matrices.
+        They include the curvature and whole-matrix operations.
         """
         return None if self._flops_of_steps is None else self._spent(steps, self._flops_of_steps)
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
-        """Seconds of training after the given numbers of steps: float64 [point]; None if unknown."""
+        """Return the seconds of training after the given numbers of steps as float64 [point], or None if unknown."""
         return None if self._clock is None else np.interp(steps, *self._clock)
 
     @cached_property
     def rates(self) -> Series | None:
-        """Tokens per second in the steps with a finite, positive rate; None if there are no such steps."""
+        """Tokens per second in steps with a finite, positive rate, or None if there are no such steps."""
         series = self.series.get("train/tokens_per_second")
         known = np.zeros(0, bool) if series is None else np.isfinite(series.values) & (series.values > 0)
         return Series(series.steps[known], series.values[known]) if series is not None and known.any() else None
 
     @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Steps done, and the seconds that they took, excluding compilation, evaluations and saves."""
+        """Numbers of steps, and the seconds that they took, excluding compilation, evaluations and saves."""
         rates = self.rates
         if rates is None:
             return None
-        # Steps whose rate was not logged or was lost with a disk are assumed to be as fast as the next logged step.
+        # A step whose rate was not logged, or lost with a disk, is assumed to be as fast as the next logged step.
         tokens = np.diff(self.tokens_at(np.append(0, rates.steps)))
         return np.append(0, rates.steps), np.append(0.0, np.cumsum(tokens / rates.values))
 
     @cached_property
     def _flops_of_steps(self) -> list[float] | None:
-        """FLOPs per step for each of the run's batch sizes."""
+        """FLOPs per step for each batch size of the run."""
         if self.flops_per_token is None:
             return None
         parts = self.config.trainer.parts
         return [flops_per_step(replace(self.config, trainer=part), self.flops_per_token) for part in parts]
 
     def _spent(self, steps: np.ndarray, of_steps: Sequence[float]) -> np.ndarray:
-        """The total cost after the given numbers of steps. `of_steps` is the cost of a step for each batch size."""
+        """Return the total cost after the given numbers of steps, given the cost per step for each batch size."""
         changes = [step for step, _ in self.config.trainer.size_changes]
         starts = [0, *changes, max(self.total_steps, self.steps_done)]
         return np.interp(steps, starts, np.append(0.0, np.cumsum(np.array(of_steps) * np.diff(starts))))
@@ -158,11 +158,11 @@ def read_run(name: str, path: Path) -> Run:
     """Read a run directory. Checkpoints in a bucket are not read.
 
     Args:
-        name: the run's name, for people.
+        name: the display name of the run.
         path: the run directory.
 
     Raises:
-        InputError: if `path` is not the directory of a run that has begun.
+        InputError: if `path` is not the directory of a run that has started.
     """
     config_file = RunDirectory(path, "never").config_file
     if not config_file.is_file():
@@ -174,7 +174,7 @@ def read_run(name: str, path: Path) -> Run:
 
 
 def read_files(name: str, path: Path, config: TrainConfig) -> Run:
-    """Read the files of a run with the given configuration. The run need not have logged a step.
+    """Read the files of a run with the given configuration. The run need not have logged any steps.
 
     Raises:
         InputError: if the metrics are missing or damaged.
@@ -199,7 +199,7 @@ def read_files(name: str, path: Path, config: TrainConfig) -> Run:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Read a run's `metrics.jsonl`. An incomplete last line, as left by a killed run, is ignored.
+    """Read the `metrics.jsonl` of a run. An incomplete last line, left over from a killed run, is ignored.
 
     Returns:
         The series, keyed by name.
@@ -214,7 +214,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
             done = record.pop("step") + 1
             for name, value in record.items():
                 if name.startswith(f"{STATISTICS}/"):
-                    name = name.replace(".", "/")  # older versions joined the parts of an array's path with dots
+                    name = name.replace(".", "/")  # older versions separated the parts of array paths with dots
                 steps[name].append(done)
                 values[name].append(math.nan if value is None else value)
     except FileNotFoundError:
@@ -230,9 +230,9 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the mean training loss over the last steps is far above the lowest earlier mean.
+    """Return whether the mean training loss over the last steps is far above the lowest earlier mean.
 
-    Losses that are not finite are ignored, because a run ends on its own after many of them in a row.
+    Non-finite losses are ignored, because a run ends by itself after many consecutive non-finite losses.
     """
     finite = [loss for loss in losses if math.isfinite(loss)]
     means = [
@@ -243,7 +243,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str, bool]:
-    """The manifest of a run's newest intact checkpoint, a description of it, and whether a newer one is damaged."""
+    """Return the manifest and a description of the newest intact checkpoint, and whether a newer one is damaged."""
     location = str(directory.checkpoints)
     if "://" in location:
         return None, f"not checked: {location}", False
@@ -263,7 +263,7 @@ def _newest_manifest(directory: RunDirectory) -> tuple[Manifest | None, str, boo
 
 
 def _vocab_size(config: TrainConfig, manifest: Manifest | None) -> int | None:
-    """The vocabulary size, possibly with padding; None if neither the checkpoint nor the tokenizer provides it."""
+    """Determine the vocabulary size, possibly padded, from the checkpoint or the tokenizer. Return None if unknown."""
     for saved in manifest.arrays if manifest is not None else ():
         if saved.path == "model.wte.weight":
             return saved.shape[0]

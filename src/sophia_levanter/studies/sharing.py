@@ -1,9 +1,9 @@
-"""Share the first steps of runs that differ only in length, as long as their learning rates are the same.
+"""Share the initial steps of runs that differ only in length, for as long as their learning rates are the same.
 
-A schedule with a stable part and a decay (`optimizer.schedule.type: wsd`) has the same learning rates for all lengths
-until the decay. A study with several lengths then trains the stable part once and decays from it for each length
-(Hägele et al. 2024, arXiv 2405.18392): a run starts from a checkpoint that the next shorter run saved before its decay.
-The result is bitwise identical to that of a run from step 0.
+A schedule with a stable phase and a decay (`optimizer.schedule.type: wsd`) has the same learning rates for all lengths
+until the decay starts. A study with several lengths then trains the stable phase only once and adds a decay for each
+length (Hägele et al. 2024, arXiv 2405.18392): each run starts from a checkpoint that the next shorter run saved before
+its decay. The result is bitwise identical to training from step 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sophia_levanter.files import write_atomically
 from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
 
-LEAST_SHARE = 0.25  # of the shorter run; fewer steps are not worth the wait until it has saved
-SHARED_STEPS = "shared_steps"  # a file in a run directory, and a fact in a record: the number of steps taken over
-# Fields that depend on a run's length but do not change its steps.
+LEAST_SHARE = 0.25  # minimum fraction of the shorter run to share; waiting for fewer steps is not worthwhile
+SHARED_STEPS = "shared_steps"  # name of a file in the run directory and of an entry in records: number of reused steps
+# Fields that depend on the length of a run but do not affect its steps.
 _OF_LENGTH = (
     "trainer.num_train_steps",
     "trainer.evaluate_every",
@@ -43,11 +43,11 @@ _WARMUP = "optimizer.warmup"
 
 @dataclass(frozen=True)
 class Start:
-    """The steps that a longer run takes over from a shorter one.
+    """The steps that a longer run reuses from a shorter run.
 
     Attributes:
         directory: the directory of the shorter run.
-        step: the number of steps; the shorter run saves a checkpoint after them.
+        step: the number of steps to reuse. The shorter run saves a checkpoint at this step.
     """
 
     directory: Path
@@ -55,19 +55,19 @@ class Start:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the shorter run currently has the checkpoint."""
+        """Whether the checkpoint of the shorter run currently exists."""
         return self.step in checkpoint.steps(self.directory / "checkpoints")
 
 
 def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], str | None]:
-    """Find the runs that can take over steps from a shorter run.
+    """Find the runs that can reuse steps from a shorter run.
 
     Args:
-        runs: a study's configurations, keyed by run directory.
+        runs: the configurations of a study, keyed by run directory.
 
     Returns:
-        The start of each such run, keyed by run directory; and one line that explains why other runs train in full
-        although part of their schedule is stable, or None.
+        The start of each such run, keyed by run directory, and a line that explains why other runs train from scratch
+        even though part of their schedule is stable, or None.
     """
     starts = {}
     for family in _families(runs):
@@ -75,7 +75,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
             if runs[shorter].trainer.num_train_steps == runs[longer].trainer.num_train_steps:
                 continue
             step = steps_in_common(runs[shorter], runs[longer])
-            step -= step % max(1, step // 50)  # the run saves at a divisor of the step; a prime has too few
+            step -= step % max(1, step // 50)  # the save interval must divide the step, so avoid primes
             if _is_worth_it(step, runs[shorter]) and _obstacle(runs[longer]) is None:
                 starts[longer] = Start(shorter, step)
     hindered = (
@@ -87,7 +87,7 @@ def find_starts(runs: Mapping[Path, TrainConfig]) -> tuple[dict[Path, Start], st
 
 
 def _families(runs: Mapping[Path, TrainConfig], *besides: str) -> list[list[Path]]:
-    """Groups of directories of runs that differ only in length and in the fields `besides`, shortest runs first."""
+    """Group the directories of runs that differ only in length and in the fields `besides`, shortest runs first."""
     families: dict[str, list[Path]] = defaultdict(list)
     for directory, config in runs.items():
         fields = {name: value for name, value in flat(config).items() if name not in (*_OF_LENGTH, *besides)}
@@ -100,7 +100,7 @@ def _is_worth_it(step: int, shorter: TrainConfig) -> bool:
 
 
 def _obstacle(config: TrainConfig) -> str | None:
-    """The reason why a run cannot take over steps regardless of its learning rate, if there is one."""
+    """Return the reason why a run cannot reuse steps even if the learning rates are the same, or None."""
     if config.trainer.max_rollbacks:
         return "trainer.max_rollbacks is above 0, and a run that rolls back requires its own checkpoints"
     if not type(config.optimizer).__module__.startswith("sophia_levanter."):
@@ -114,7 +114,7 @@ def _obstacle(config: TrainConfig) -> str | None:
 
 
 def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
-    """Explain why two runs do not share steps that they would share if their warm-ups were the same."""
+    """Explain why two runs do not share steps that they could share with equal warm-ups. Otherwise, return None."""
     if shorter.trainer.num_train_steps == longer.trainer.num_train_steps:
         return None
     warmups = [config.optimizer.warmup for config in (shorter, longer)]
@@ -128,19 +128,19 @@ def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
 
 
 def begin(start: Start, config: TrainConfig, directory: Path) -> None:
-    """Create the directory of a run that takes over steps from a shorter run, as if it had trained and saved them.
+    """Create the directory of a run that reuses steps from a shorter run, as if the run had trained these steps itself.
 
     This function does nothing if the directory exists, or if the shorter run has no intact checkpoint at that step, for
-    example because it diverged earlier. In the latter case, the run trains in full.
+    example because it diverged earlier. In the latter case, the run trains from scratch.
 
     Args:
-        start: the steps to take over.
+        start: the steps to reuse.
         config: the run's configuration, including its run directory.
         directory: the run directory.
     """
     if directory.exists() or not start.is_saved:
         return
-    # The directory is renamed once it is complete. Without a checkpoint, it would look like a run that lost its own.
+    # Rename the directory once it is complete. Without a checkpoint, it would look like a run whose checkpoint is lost.
     new = RunDirectory(directory.with_suffix(".partial"), "never")
     shutil.rmtree(new.path, ignore_errors=True)
     new.path.mkdir()
@@ -152,7 +152,7 @@ def begin(start: Start, config: TrainConfig, directory: Path) -> None:
     except CheckpointError:
         shutil.rmtree(new.path)
         return
-    # The run will drop the lines for later steps.
+    # The run will remove the lines for later steps.
     shutil.copyfile(RunDirectory(start.directory, "never").metrics_file, new.metrics_file)
     new.write_config(config)
     write_atomically(new.path / SHARED_STEPS, f"{start.step}\n".encode())
@@ -160,6 +160,6 @@ def begin(start: Start, config: TrainConfig, directory: Path) -> None:
 
 
 def steps_taken_over(directory: Path) -> int:
-    """The number of steps that the run in a directory took over from a shorter run."""
+    """Return the number of steps that the run in a directory reused from a shorter run."""
     file = directory / SHARED_STEPS
     return int(file.read_text()) if file.exists() else 0

@@ -1,4 +1,4 @@
-"""Study files, which list the training runs to compare. Not importing jax lets mistakes be reported immediately."""
+"""Study files, which specify the training runs to compare. To report mistakes quickly, jax is not imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sophia_levanter.errors import InputError, counted, one_line, shortened
 
 ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
-LONGEST_NAME = 60  # of an arm, in tables and legends
+LONGEST_NAME = 60  # maximum length of an arm's name, for tables and legends
 SECTIONS = ("settings", "grid")
-# Fields of a run that the study sets, each with the corresponding field or option of the study.
+# Fields of a run that are set by the study, with the corresponding field or option of the study.
 OWN_FIELDS = {
     "trainer.num_train_steps": "tokens",
     "trainer.seed": "seeds",
@@ -28,7 +28,7 @@ OWN_FIELDS = {
     "trainer.checkpoint_every": "evaluations",
     "trainer.run_dir": "--out",
 }
-# Used until the number of steps is known. The value is larger than any warm-up.
+# Placeholder until the number of steps is known. It exceeds any warm-up.
 _MANY_STEPS = {"trainer.num_train_steps": Setting(2**31 - 1)}
 
 
@@ -37,11 +37,11 @@ class Arm:
     """One side of the comparison: an optimizer or another variant, with the grid of settings to try.
 
     Attributes:
-        name: the arm's name in tables and plots.
-        layers: settings for its runs; later layers override earlier ones.
-        grid: the values to try for each field; all combinations are trained.
-        tokens: lengths of the schedules, in training tokens.
-        seeds: the seeds; every point and length is trained with each seed.
+        name: the name of the arm in tables and plots.
+        layers: settings for the runs of the arm. Later layers override earlier ones.
+        grid: the values to try for each field. All combinations are trained.
+        tokens: the schedule lengths, in training tokens.
+        seeds: the seeds. Each point and length is trained with every seed.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Study:
     """A parsed study file.
 
     Attributes:
-        name: the file's name without its suffix.
-        arms: the arms that are compared.
-        baseline: the arm that the others are compared with; may be None.
-        evaluations: number of validation losses in a run, including the last one.
+        name: the name of the study file without its suffix.
+        arms: the arms to compare.
+        baseline: the name of the arm with which the others are compared, or None.
+        evaluations: number of evaluations in each run, including the final one.
     """
 
     name: str
@@ -73,9 +73,9 @@ class PlannedRun:
     """One run of a study.
 
     Attributes:
-        arm: the arm's name.
-        point: the grid's fields with their values in this run.
-        tokens: the requested length of the schedule in training tokens; the run rounds it to whole steps.
+        arm: the name of the arm.
+        point: the value of each field in the grid for this run.
+        tokens: the requested schedule length in training tokens. It is rounded to a whole number of steps.
         seed: seed for the weights, data order and samples.
         config: the complete configuration, without a run directory.
     """
@@ -88,10 +88,10 @@ class PlannedRun:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file. Like other configuration files, it may list files to start from under `defaults:`.
+    """Read a study file. Like other configuration files, it may list base files under `defaults:`.
 
     Raises:
-        InputError: if a file is missing or is not strict YAML, a key is unknown or a value is invalid.
+        InputError: if a file is missing or is not strict YAML, a key is unknown, or a value is invalid.
     """
     merged: Layer = {}
     for layer in read_layers(path):
@@ -121,14 +121,14 @@ def read_study(path: Path) -> Study:
 
 
 def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
-    """All runs of a study, ordered by seed and then by schedule length.
+    """Return all runs of a study, ordered by seed and then by schedule length.
 
     Args:
         study: the study.
-        overrides: settings for every run, which override all others.
+        overrides: settings for all runs, which take precedence over all other settings.
 
     Raises:
-        InputError: if a run's configuration is invalid; the message names the arm.
+        InputError: if the configuration of a run is invalid. The message names the arm.
     """
     _check_not_own("--", overrides)
     runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations)]
@@ -188,7 +188,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         given = fields.get(key)
         found = shared.get(path_of_setting, Setting(default)) if given is None else _fraction(key, given)
         schedule[path_of_setting] = found
-    # `schedule` overrides the schedules in configuration files, which are designed for runs of one length.
+    # `schedule` overrides the schedules in configuration files, which are designed for a single run length.
     layers = [*_config_layers(common), shared, *_config_layers(own), schedule, _below("settings.", own)]
     return Arm(
         name,
@@ -199,7 +199,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
     )
 
 
-# Fields of an arm or a study, the settings that they set, and their defaults.
+# Fields of an arm or a study, each with the setting that it determines and the default of that setting.
 _FRACTIONS = {"warmup_fraction": ("optimizer.warmup", 0.1), "final_fraction": ("optimizer.final_fraction", 0.05)}
 
 
