@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter VERB ...` is the same as `sophia-levanter VERB ...`."""
+"""Make `python -m sophia_levanter VERB ...` equivalent to `sophia-levanter VERB ...`."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """Published performance figures for accelerators. This module does not import jax.
 
-This project measured none of these numbers. TPU rates are from docs.cloud.google.com/tpu/docs (v4, v5e, v5p and v6e),
-and GPU rates are from NVIDIA's data sheets for the A100, H100 and H200 (SXM). Both were read in November 2026. Comments
-next to the numbers name other sources.
+None of these figures were measured by this project. TPU figures are from docs.cloud.google.com/tpu/docs (v4, v5e, v5p
+and v6e), and GPU figures are from NVIDIA's data sheets for the A100, H100 and H200 (SXM), both as of November 2026.
+Comments next to the figures cite other sources.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-# The side of the matrix for which `Chip.qr_flops` is given.
+# The size of the matrix for which `Chip.qr_flops` is given.
 QR_SIDE = 2048
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device.
+    """The performance figures of one device.
 
     Attributes:
         kinds: substrings of `Device.device_kind` that identify the chip.
-        memory: bytes available to a program.
-        memory_bandwidth: bytes/s between the chip and its memory.
-        peak_flops: dense bfloat16 FLOP/s.
-        bandwidth: bytes/s that the chip can send to other chips in its slice or node, over all links.
-        network: bytes/s that the chip can send to other nodes or slices.
+        memory: memory available to a program, in bytes.
+        memory_bandwidth: bandwidth between the chip and its memory, in bytes/s.
+        peak_flops: peak dense bfloat16 FLOP/s.
+        bandwidth: bandwidth to other chips in the same slice or node, in bytes/s in one direction over all links.
+        network: bandwidth to other nodes or slices, in bytes/s in one direction.
         qr_flops: FLOP/s of a float32 QR decomposition of a `QR_SIDE` x `QR_SIDE` matrix; see `qr_rate` for other sizes.
         newton_schulz_flops: FLOP/s of float32 Newton-Schulz iterations at jax's default matmul precision.
         topology: the options that libtpu needs to compile for the chip; None for GPUs.
-        longest_side: chips along the longest side of the largest slice.
-        qr_measured: whether `qr_flops` is a published measurement on this kind of chip; otherwise it is assumed.
+        longest_side: number of chips along the longest side of the largest slice.
+        qr_measured: whether `qr_flops` is a published measurement for this kind of chip rather than an assumption.
     """
 
     kinds: tuple[str, ...]
@@ -46,20 +46,20 @@ class Chip:
     qr_measured: bool = False
 
     def qr_rate(self, side: int) -> float:
-        """FLOP/s of a QR decomposition of a `side` x `side` matrix.
+        """Return the FLOP/s of a QR decomposition of a `side` x `side` matrix.
 
-        Householder QR processes columns one after another, so its time grows more slowly than its FLOPs: it is assumed
-        to grow as `side` ** 1.5. On an unnamed GPU, torch.linalg.qr took 0.61, 3.8 and 24 ms to compute R alone for
-        sides of 256, 1024 and 4096, an exponent of 1.3 (github.com/flagos-ai/FlagGems, pull request 5586). Computing Q
-        adds matrix products.
+        Householder QR processes columns one after another, so its time grows more slowly than its FLOPs. It is assumed
+        to grow as `side` ** 1.5. On an unnamed GPU, torch.linalg.qr took 0.61, 3.8 and 24 ms to compute only R for
+        sides of 256, 1024 and 4096, which is an exponent of 1.3 (github.com/flagos-ai/FlagGems, pull request 5586).
+        Computing Q adds matrix products.
         """
         return self.qr_flops * (side / QR_SIDE) ** 1.5
 
 
 # Bandwidths are half the "bidirectional ICI bandwidth per chip" for v5p, v5e and v6e, and six links of 50 GB/s for v4
 # (Jouppi et al. 2023, arXiv 2304.01433). Between slices, each chip has a share of its host's adapters: 50 Gb/s for v5p,
-# 25 for v5e, 100 for v6e, and 50 for v4 (jax-ml.github.io/scaling-book/tpus). No figures are published for XLA's QR on
-# TPUs. A quarter of the A100's rate is assumed, because the loop over columns cannot use the matrix units.
+# 25 for v5e, 100 for v6e, and 50 for v4 (jax-ml.github.io/scaling-book/tpus). No figures have been published for XLA's
+# QR on TPUs. A quarter of the A100's rate is assumed, because the loop over columns cannot use the matrix units.
 # Newton-Schulz is assumed to reach half the peak, because float32 products take one bfloat16 pass by default.
 _TPU_QR_FLOPS = 0.36e12
 _ONE_CORE: dict[str, Any] = {"chips_per_host_bounds": (2, 2, 1)}
@@ -70,13 +70,13 @@ TPUS = {
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 16 * GIB, 819e9, 197e12, 200e9, 3.125e9, _TPU_QR_FLOPS, 98e12, _ONE_CORE),
     "v6e": Chip(("TPU v6",), 32 * GIB, 1638e9, 918e12, 400e9, 12.5e9, _TPU_QR_FLOPS, 459e12, _ONE_CORE),
 }
-# Memory excludes what the driver and its context use. Bandwidths within a node are NVLink's in one direction, half the
-# 600 and 900 GB/s in the data sheets. Between nodes, each GPU has its own adapter, as in NVIDIA's DGX: 200 Gb/s for an
-# A100, 400 Gb/s for an H100 or H200; many clouds provide a quarter of that or less.
+# Memory excludes the memory used by the driver and its context. Bandwidths within a node are those of NVLink in one
+# direction, half the 600 and 900 GB/s in the data sheets. Between nodes, each GPU is assumed to have its own adapter,
+# as in NVIDIA's DGX: 200 Gb/s for an A100, 400 Gb/s for an H100 or H200. Many clouds provide a quarter of that or less.
 # torch.linalg.qr of a 2048 x 2048 float32 matrix took 15.97 ms on an A100 (github.com/pytorch/pytorch, issue 151066;
-# cuSOLVER, which jax calls too): 8/3 * 2048^3 FLOPs in that time are 1.43 TFLOP/s. The same rate is assumed for the
-# H100 and H200. Newton-Schulz is assumed to reach half the peak of float32 products, which use TF32 by default: a
-# quarter of the bfloat16 peak.
+# cuSOLVER, which jax also calls): 8/3 * 2048^3 FLOPs in that time is 1.43 TFLOP/s. The same rate is assumed for the
+# H100 and H200. Newton-Schulz is assumed to reach half the peak rate of float32 products, which use TF32 by default.
+# This is a quarter of the bfloat16 peak.
 _GPU_QR_FLOPS = 1.43e12
 GPUS = {
     "a100-40": Chip(("A100",), 38 * GIB, 1555e9, 312e12, 300e9, 25e9, _GPU_QR_FLOPS, 78e12, qr_measured=True),
@@ -87,8 +87,8 @@ GPUS = {
 
 
 def published_peak(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, given jax's name for its kind; None if the kind is not listed."""
+    """Return the peak dense bfloat16 FLOP/s of a device, given its `device_kind`, or None if it is not listed."""
     peaks = {kind: chip.peak_flops for chip in (*TPUS.values(), *GPUS.values()) for kind in chip.kinds}
-    # The longest match wins: "TPU v5 lite" (v5e) contains "TPU v5" (v5p).
+    # The longest match wins, because "TPU v5 lite" (v5e) contains "TPU v5" (v5p).
     found = max((kind for kind in peaks if kind in device_kind), key=len, default=None)
     return None if found is None else peaks[found]

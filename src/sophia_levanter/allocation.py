@@ -1,11 +1,11 @@
-"""Control what glibc's malloc does with freed memory. Other C libraries are not affected."""
+"""Control how glibc's malloc handles freed memory. Other C libraries are not affected."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Values of the mallopt parameters (glibc's malloc.h) that keep a step's buffers allocated between steps.
+# mallopt parameters (see glibc's malloc.h) and the values that keep buffers allocated between steps.
 _KEEP = {
     -4: 0,  # M_MMAP_MAX: large buffers also come from the heap
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: free memory at the top of the heap is not returned
@@ -15,11 +15,11 @@ _KEEP = {
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep freed memory, for programs that allocate the same large buffers again and again.
+    """Make malloc keep freed memory, for programs that repeatedly allocate the same large buffers.
 
-    By default, glibc returns every freed large buffer to the system, and a training step on a CPU spends a tenth to a
-    quarter of its time on page faults. Call this function before the first thread starts, because it does not remove
-    existing arenas.
+    By default, glibc returns every large freed buffer to the system, and a training step on a CPU spends between a
+    tenth and a quarter of its time on page faults. Call this function before the first thread starts, because it does
+    not remove existing arenas.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
@@ -28,10 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Make malloc return free memory to the system.
+    """Make malloc return freed memory to the system.
 
-    Freed texts of different sizes leave gaps that glibc keeps. Without this call, the memory of a process that prepares
-    a long text grows by a third in the first minute.
+    Freed texts of different sizes leave gaps that glibc does not release. Without this call, the memory usage of a
+    process that prepares a long text grows by a third in the first minute.
     """
     trim = _function("malloc_trim")
     if trim is not None:
@@ -39,5 +39,5 @@ def return_freed_memory() -> None:
 
 
 def _function(name: str) -> ctypes._NamedFuncPointer | None:
-    """A function in the C library; None if it does not exist there or the system is not Linux."""
+    """Look up a function in the C library. Return None if it does not exist or the system is not Linux."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

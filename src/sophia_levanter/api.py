@@ -1,4 +1,4 @@
-"""Training from Python code, such as a notebook, a thread, or a Ray Tune or Optuna trial."""
+"""Train from Python code, for example in a notebook, a thread, or a Ray Tune or Optuna trial."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sophia_levanter.run.summary import TrainingResult
 
 __all__ = ["TrainingResult", "train"]
 
-# Error messages name this in place of a configuration file.
+# Error messages show this in place of the path of a configuration file.
 _CALL = Path("train()")
-# A run sets jax's configuration for the whole process.
+# Runs cannot overlap, because a run changes jax's configuration for the whole process.
 _one_at_a_time = threading.Lock()
 
 
@@ -37,24 +37,24 @@ def train(
 ) -> TrainingResult:
     """Train a model, as `python -m sophia_levanter.main` does.
 
-    This function raises errors and never calls `sys.exit`. In the main thread, SIGINT and SIGTERM end training after
-    the current step. The state is saved first, and the program's own handlers then receive the signal, so Ctrl-C raises
-    `KeyboardInterrupt` after the save. In other threads, signals are left alone. Calls from several threads run one at
-    a time.
+    This function raises exceptions and never calls `sys.exit`. In the main thread, SIGINT and SIGTERM end training
+    after the current step. The state is saved, and the signal is then passed to the program's own handlers, so Ctrl-C
+    raises `KeyboardInterrupt` after the save. In other threads, signals are not handled. Concurrent calls from several
+    threads run one at a time.
 
     Args:
-        config: a YAML file, a `TrainConfig`, or a mapping of sections; None only if `resume` is a directory.
+        config: a YAML file, a `TrainConfig`, or a mapping of sections; None if and only if `resume` is a directory.
         resume: a run directory to continue, or `"auto"` to continue the run in `trainer.run_dir` if one exists.
         quiet: whether to print only warnings and the result.
         overrides: settings that override `config`: either sections as mappings (`optimizer={"learning_rate": 1e-3}`) or
             fields with dotted names (`**{"optimizer.learning_rate": 1e-3}`). Values may be NumPy scalars or paths.
 
     Returns:
-        The last step, its metrics, and the paths of the run directory and the checkpoint.
+        The result of the run, including its last step, its metrics, and the paths of its directory and checkpoint.
 
     Raises:
-        InputError: if a setting, a file or the data is wrong.
-        TrainingFailed: if the loss or the gradient was not finite in too many steps in a row.
+        InputError: if a setting, a file or the data is invalid.
+        TrainingFailed: if too many consecutive steps were skipped because of a non-finite loss or gradient or a spike.
         CheckpointError: if no checkpoint could be read or written.
 
     Example:
@@ -73,7 +73,7 @@ def train(
         directory.unlock()
         if in_main_thread:
             for number, handler in handlers:
-                # `getsignal` returns None for a handler that was not set from Python; it cannot be restored.
+                # `getsignal` returns None for a handler that was not installed from Python and cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if in_main_thread and result.stopped_by is not None:
         signal.raise_signal(result.stopped_by)
@@ -90,7 +90,7 @@ def _command(config: Any, resume: Any, quiet: bool, overrides: Mapping[str, Any]
         else:
             tree = encode(config) if isinstance(config, TrainConfig) else config
             layers, name = [flatten(tree, _CALL)], "train"
-        # The random suffix separates trials that start in the same second.
+        # The random suffix distinguishes trials that start in the same second.
         return Command(build_config(layers, settings), f"{name}-{secrets.token_hex(2)}", resume, quiet=quiet)
     if config is not None:
         raise InputError("train(): config cannot be combined with resume; the run directory has its own config")
@@ -110,7 +110,7 @@ def _settings(overrides: Mapping[str, Any]) -> Layer:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value to the types that YAML yields."""
+    """Convert a value to a type that a YAML parser would return."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The training batch, which `data` builds and `models` and `training` read."""
+"""The batch type shared by `data`, `models` and `training`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Batch(eqx.Module):
     """A batch of sequences for next-token prediction. It may have leading axes, such as `microbatch`.
 
     Attributes:
-        tokens: int32 [batch, position], the model's input.
+        tokens: int32 [batch, position], the input tokens.
         targets: int32 [batch, position], the token that follows each input token.
-        weights: float32 [batch, position], the weight of each target in the mean loss; 0 excludes the target.
-        document_starts: int32 [batch, position], the index in the row at which each token's document starts. Attention
-            and position indices do not reach back before it. If None, they reach back to the start of the row.
+        weights: float32 [batch, position], the weight of each target in the mean loss (0 excludes the target).
+        document_starts: int32 [batch, position], the position at which the document of each token starts. Attention and
+            position indices start there. If None, they start at the beginning of the row.
     """
 
     tokens: NamedArray
@@ -35,15 +35,15 @@ def batch_from_sequences(
     num_microbatches: int = 1,
     document_end: int | None = None,
 ) -> Batch:
-    """Build a host-side batch [microbatch, batch, position] from sequences of `position + 1` tokens.
+    """Build a batch [microbatch, batch, position] in host memory from sequences of `position + 1` tokens.
 
-    Microbatch i holds the i-th block of consecutive rows, regardless of which devices compute it.
+    Microbatch i contains the i-th block of consecutive rows, regardless of how it is sharded over devices.
 
     Args:
         sequences: int32 [rows, position + 1]; the number of rows is a multiple of `num_microbatches`.
         weights: float32 [rows, position]; all ones by default.
-        num_microbatches: the number of blocks that the rows are divided into.
-        document_end: the token that ends a document, used to set `Batch.document_starts`; if None, that field is None.
+        num_microbatches: the number of blocks into which the rows are divided.
+        document_end: the token that ends a document, used to set `Batch.document_starts`. If None, that field is None.
     """
     if weights is None:
         weights = np.ones((sequences.shape[0], sequences.shape[1] - 1), np.float32)
@@ -60,9 +60,9 @@ def batch_from_sequences(
 
 
 def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
-    """The position in the row at which each token's document starts: int32 [row, position].
+    """Return the position at which the document of each token starts: int32 [row, position].
 
-    The token that ends a document belongs to that document. The first document in each row starts at 0.
+    The token that ends a document belongs to that document. The first document in each row starts at position 0.
 
     Args:
         tokens: int [row, position].
@@ -74,5 +74,5 @@ def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
 
 
 def count_targets(batch: Batch) -> jax.Array:
-    """The sum of the weights: the number of positions in the mean loss."""
+    """Return the sum of the weights, which is the number of targets in the mean loss."""
     return batch.weights.array.sum()

@@ -1,4 +1,4 @@
-"""The console script: `sophia-levanter train ...` is the same as `python -m sophia_levanter.main ...`."""
+"""The console script. `sophia-levanter train ...` is equivalent to `python -m sophia_levanter.main ...`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ USAGE = "\n".join(
 
 
 def main() -> int:
-    """Run the verb named by the first argument with the remaining arguments.
+    """Run the command named by the first argument with the remaining arguments.
 
     Returns:
-        The verb's exit status; 2 for a missing or unknown verb.
+        The exit status of the command, or 2 if the command is missing or unknown.
     """
     return run_command(None, _run)
 

@@ -1,4 +1,4 @@
-"""Exceptions for bad input, and functions that format messages as one line."""
+"""Exceptions for invalid input, and functions that format messages as one line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import ClassVar
 
 
 class InputError(Exception):
-    """Bad input, such as a config field, a file or a run directory.
+    """Invalid input, such as a configuration field, a file or a run directory.
 
-    The message is one line that names the field or file, the value found and the remedy. Commands print it without a
+    The message is a single line that names the field or file, the value and the remedy. Commands print it without a
     traceback and exit with status 2.
     """
 
@@ -17,13 +17,13 @@ class InputError(Exception):
 
 
 class DirectoryInUse(InputError):
-    """Another process has locked the run directory or its checkpoint directory; a later attempt may succeed."""
+    """Another process has locked the run directory or its checkpoint directory. A later attempt may succeed."""
 
     reason = "directory_in_use"
 
 
 class Problems:
-    """Collects input errors so that they are all reported together.
+    """Collects input errors so that they can be reported together.
 
     Examples:
         >>> problems = Problems()
@@ -62,7 +62,7 @@ LONGEST_WORD = 300
 
 
 def one_line(text: object) -> str:
-    """Format text as one line: control characters become Python escapes, and very long words are shortened."""
+    """Format text as one line. Control characters are replaced by Python escapes, and very long words are shortened."""
     line = CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
     return re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda found: shortened(found[0], LONGEST_WORD), line)
 
@@ -73,6 +73,6 @@ def shortened(name: str, most: int) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number with its noun: `1 layer`, `12,000 steps`, `0 processes`."""
+    """Format a count with its noun in the singular or plural: `1 layer`, `12,000 steps`, `0 processes`."""
     plural = f"{what}es" if what.endswith(("s", "ch")) else f"{what}s"
     return f"{number:,} {what if number == 1 else plural}"

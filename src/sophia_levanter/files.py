@@ -1,4 +1,4 @@
-"""Atomic and durable writes, locks, and safe reads of files that users name."""
+"""Atomic and durable writes, locks, and safe reads of files specified by users."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import IO, BinaryIO
 
 from sophia_levanter.errors import InputError
 
-MOST_BYTES = 1 << 28  # the largest file that is read whole; the largest known vocabulary is 4 MB
-# Paths of the pipes that a shell creates for `<(command)` and `command |`. These end; other pipes and devices may not.
+MOST_BYTES = 1 << 28  # maximum size of a file to read as a whole; the largest known vocabulary is 4 MB
+# Paths of the pipes that a shell creates for `<(command)` and `command |`. Unlike other pipes and devices, they end.
 _PIPES_OF_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 class NotRegular(OSError, InputError):
-    """The path is not a regular file, or the file is too large."""
+    """The path does not refer to a regular file, or the file is too large."""
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
 
 
 def check_utf8(field: str, path: str) -> None:
-    """Check that tensorstore can use `path`, the value of `field`.
+    """Check that tensorstore can use `path`, which is the value of `field`.
 
     Raises:
         InputError: if the path is not valid UTF-8 or contains a NUL character.
@@ -49,8 +49,8 @@ def check_regular(path: Path | str) -> None:
     """Check that a path is a regular file, or a pipe from the shell, before a library opens it.
 
     Raises:
-        NotRegular: if it is something else, such as a named pipe, which might never end.
-        OSError: if it does not exist.
+        NotRegular: if the path is something else, such as a named pipe, which might never end.
+        OSError: if the path does not exist.
     """
     try:
         mode = os.stat(path).st_mode
@@ -65,14 +65,14 @@ def check_regular(path: Path | str) -> None:
 
 
 def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
-    """Read all of a regular file, or of a pipe from the shell.
+    """Read the entire content of a regular file, or of a pipe from the shell.
 
     Raises:
         NotRegular: if `check_regular` rejects the path, or the file has more than `most_bytes` bytes.
         OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
-        # `read(n)` allocates n bytes, so ask only for the file's size. Pipes and files in /proc report a size of 0.
+        # `read(n)` allocates n bytes, so pass the file's actual size. Pipes and files in /proc report a size of 0.
         size = os.fstat(file.fileno()).st_size or most_bytes
         content = file.read(min(size, most_bytes) + 1)
     if len(content) > most_bytes:
@@ -81,7 +81,7 @@ def read_regular(path: Path | str, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path`. After a crash or a power failure, it holds either the old or the new content."""
+    """Replace the file at `path`. After a crash or power failure, it contains either the old or the new content."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -90,14 +90,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        # The system's error for a full disk does not name the file.
+        # Name the file, because the system's error for a full disk does not.
         raise OSError(error.errno, error.strerror, str(path)) from error
     temporary.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a directory's entries, to the disk."""
+    """Flush the content of a file or the entries of a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,13 +106,13 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path) -> IO[str] | None:
-    """Lock out other processes until the returned file is closed or this process ends.
+    """Lock a file until the returned file object is closed or this process ends.
 
     Args:
-        path: the lock file, which is created if it is missing; its directory must exist.
+        path: the lock file, which is created if it does not exist. Its directory must exist.
 
     Returns:
-        The locked file; None if another process holds the lock.
+        The locked file object, or None if another process holds the lock.
     """
     # With O_NONBLOCK, opening a named pipe fails instead of waiting for a reader.
     file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666), "w")

@@ -1,4 +1,4 @@
-"""tensorstore specifications for folders on a disk or in a bucket, and access to small files in these folders."""
+"""tensorstore specifications for folders on disk or in a bucket, and access to small files in these folders."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tensorstore as ts
 
 from sophia_levanter.files import NotRegular, read_regular
 
-# Retries of a bucket request. The delays grow to half a minute, so an unanswered request fails after two minutes.
+# Retries for bucket requests. The delays grow to half a minute, so an unanswered request fails after two minutes.
 _RETRIES = {"max_retries": 8}
 
 
 def kvstore_spec(location: str) -> dict[str, Any] | str:
-    """The tensorstore specification for the folder at a path or at a URL such as gs://bucket/folder.
+    """Return the tensorstore specification for a folder, given its path or a URL such as gs://bucket/folder.
 
     For `s3://` URLs, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL selects a server other than Amazon's, and AWS_REGION or
     AWS_DEFAULT_REGION selects its region, as in Amazon's own tools. tensorstore itself does not read these variables.
@@ -33,7 +33,7 @@ def kvstore_spec(location: str) -> dict[str, Any] | str:
 
 
 def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
-    """The specification for a `tensorstore.Context`: the size of the chunk cache, and limited retries for buckets."""
+    """Return a `tensorstore.Context` specification with the given cache size and limited retries for buckets."""
     return {
         "cache_pool": {"total_bytes_limit": cache_bytes},
         "gcs_request_retries": _RETRIES,
@@ -42,10 +42,10 @@ def context_spec(cache_bytes: int = 0) -> dict[str, Any]:
 
 
 def read_file(location: str | Path, name: str) -> bytes | None:
-    """Read a file in a folder; None if the file does not exist.
+    """Read a file in a folder. Return None if the file does not exist.
 
     Raises:
-        NotRegular: if it is not a regular file.
+        NotRegular: if the file is not a regular file.
         ValueError: if the folder or the file cannot be read.
     """
     if "://" not in str(location):  # tensorstore would block on a named pipe

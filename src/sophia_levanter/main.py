@@ -22,7 +22,7 @@ INTERRUPTED_LINE = "interrupted; progress since the last checkpoint was not save
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training that the command line describes.
+    """Train as specified by the command line.
 
     Returns:
         The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (resume the run), 130 interrupted.
@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def process(argv: Sequence[str] | None = None) -> int:
-    """Run `main` as a whole process. The first signal decides the exit status, however many follow.
+    """Run the command as a standalone process. The first signal determines the exit status, even if more follow.
 
-    This module imports little, so that signals are handled before the slow imports.
+    This module has few imports, so that signals are handled before the slow imports.
     """
     signal.signal(signal.SIGTERM, _stop_at_once)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # shells ignore SIGINT in background commands
         signal.signal(signal.SIGINT, _stop_at_once)
     status = _train(argv)
-    # The interpreter takes a while to shut down and restores the default handlers first.
+    # Ignore signals while the interpreter shuts down, which takes a while and starts by restoring default handlers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return status
@@ -58,8 +58,8 @@ def _run(argv: Sequence[str]) -> int:
     from sophia_levanter.allocation import keep_freed_memory
     from sophia_levanter.config.command_line import dump_config, parse_command_line
 
-    # OpenBLAS reads this variable when jax is imported, and a plug-in may import jax. With multiple threads, OpenBLAS
-    # takes 2.5 times as long to decompose small matrices.
+    # Set this variable before parsing: OpenBLAS reads it when jax is imported, and a plug-in may import jax. With
+    # multiple threads, OpenBLAS takes 2.5 times as long to decompose small matrices.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     command = parse_command_line(argv)
     if command.help is not None:
@@ -73,7 +73,7 @@ def _run(argv: Sequence[str]) -> int:
     directory, config = plan_run(command)
     signal.signal(signal.SIGTERM, _stop_at_once)
 
-    # The slow imports come after the checks, so that mistakes are reported at once.
+    # Import slow modules after the checks, so that mistakes are reported immediately.
     from jax.errors import JaxRuntimeError
 
     from sophia_levanter.checkpoint import CheckpointError
@@ -99,10 +99,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """Check the configuration against this process's environment, complete it and choose the run directory.
+    """Check that the configuration suits the environment of this process, complete it and choose the run directory.
 
     Raises:
-        InputError: if the launcher, a missing package or the run directory prevents the run. Nothing has been written.
+        InputError: if the launcher, a missing package or the run directory prevents the run. No files are written.
     """
     from sophia_levanter.config.mesh import check_launcher
     from sophia_levanter.config.run import check_installed
@@ -115,10 +115,10 @@ def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
 
 
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
-    """Exit immediately when no state needs saving, or at a second Ctrl-C.
+    """Exit immediately. This handler is used when no state needs to be saved, or for a second Ctrl-C.
 
-    Raising an exception would not work: imports of C extensions replace it, and garbage collector callbacks swallow it.
-    `print` would fail if the signal arrived during another print.
+    Raising an exception is not reliable, because imports of C extensions replace it and garbage collection callbacks
+    discard it. `print` would fail if the signal arrived during another print.
     """
     interrupted = number == signal.SIGINT
     line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped while not training; run the command again to continue"

@@ -1,7 +1,7 @@
-"""Exit statuses, and JSON status lines from a process to the program that started it.
+"""Exit statuses, and JSON status lines that a process sends to the program that started it.
 
-The parent program sets SOPHIA_LEVANTER_STATUS to a file descriptor number. A process on another host shares only its
-standard output with the launcher, through ssh, srun or a Ray worker; a prefix marks its status lines there.
+The parent program sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host is only
+connected to the launcher by its standard output, through ssh, srun or a Ray worker, so a prefix marks status lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sophia_levanter.errors import InputError, one_line
 DONE = 0
 FAILURE = 1
 BAD_INPUT = 2
-PREEMPTED = 75  # stopped, after saving if there was anything to save
+PREEMPTED = 75  # stopped, after saving the state if there was any
 INTERRUPTED = 130
 
 VARIABLE = "SOPHIA_LEVANTER_STATUS"
@@ -34,20 +34,20 @@ def run_command(
     usage: str | None = None,
     interrupted: str = "interrupted; run the same command again to continue",
 ) -> int:
-    """Call `run` with a command line, and report each error in one line.
+    """Call `run` with the arguments of a command. Errors are reported in one line.
 
     Args:
         given: the arguments; by default, those of this process.
         run: executes the command and returns its exit status.
-        usage: printed for --help instead of calling `run`; if None, `run` handles --help.
+        usage: the text to print for --help instead of calling `run`. If None, `run` handles --help.
         interrupted: the message to print after Ctrl-C.
 
     Returns:
-        The exit status from `run`; otherwise 1 for a failure, 2 for bad input, or 130 after Ctrl-C.
+        The exit status returned by `run`. If it raises an error: 1 for a failure, 2 for bad input, or 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Output may contain characters that the terminal's encoding lacks.
+            # Output may contain characters that are missing from the terminal's encoding.
             stream.reconfigure(errors="replace")
     words = sys.argv[1:] if given is None else given
     status = FAILURE
@@ -64,7 +64,7 @@ def run_command(
         report_failure(error.reason, one_line(error))
         return BAD_INPUT
     except BrokenPipeError:
-        # The reader has exited (`| head`). Python flushes stdout again at exit, which must not fail.
+        # The reader has exited (`| head`). Redirect stdout, because Python flushes it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return status or FAILURE
     except OSError as error:
@@ -83,7 +83,7 @@ class Progress:
         step: number of completed steps.
         total: number of steps in the run. This field, `loss` and `tokens_per_second` are None right after a resume.
         loss: loss at the last step, in nats per token.
-        tokens_per_second: throughput summed over all devices.
+        tokens_per_second: total throughput of all devices.
     """
 
     step: int
@@ -102,8 +102,8 @@ class Failure:
     """The reason why a process failed.
 
     Attributes:
-        reason: the exception's `reason`, for programs.
-        message: one line for people.
+        reason: the `reason` attribute of the exception, for programs.
+        message: a one-line message for users.
     """
 
     reason: str
@@ -129,14 +129,14 @@ def _report(**fields: object) -> None:
     number = os.environ.get(VARIABLE)
     if number is None:
         return
-    # The run continues even if the program that started it has exited.
+    # Continue the run even if the program that started it has exited.
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         os.write(int(number), f"{_PREFIX}{json.dumps(fields)}\n".encode())
 
 
 def read_status(line: str) -> Progress | Failure | None:
-    """Parse a status line, given without its line break; None for any other line."""
+    """Parse a status line, given without its line break. Return None for any other line."""
     if not line.startswith(_PREFIX):
         return None
     try:
