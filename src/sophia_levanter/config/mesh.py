@@ -127,7 +127,7 @@ class MeshConfig(Settings):
 
 
 def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
-    """Check that this is not one of several unconnected processes, each of which would train its own model.
+    """Check that this is not one of several unconnected processes, that would each train its own model.
 
     Args:
         config: the mesh settings; `mesh.coordinator` connects the processes.

@@ -1,6 +1,6 @@
 """Sophia-G, Sophia-H and baseline optimizers as Equinox modules, for any pytree of parameters.
 
-Depends on jax, numpy, equinox, optax and jaxtyping, but not on the rest of this project.
+The package depends on jax, numpy, equinox, optax and jaxtyping, but not on the rest of this project.
 """
 
 from sophia_levanter.optim._ademamix import AdEMAMix

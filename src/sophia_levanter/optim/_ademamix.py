@@ -1,4 +1,4 @@
-"""AdEMAMix: Adam with a second, much slower average of the gradient (Pagliardini et al. 2024, arXiv 2409.03137)."""
+"""AdEMAMix: Adam with a second, slower moving average of gradients (Pagliardini et al. 2024, arXiv 2409.03137)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class AdEMAMixState(NamedTuple):
 
     Attributes:
         count: int32 scalar, the number of updates so far.
-        mu: the fast average of the gradient, structured like the parameters, in their dtypes or `momentum_dtype`.
-        mu_slow: the slow average of the gradient, in at least float32.
-        nu: the average of the squared gradient, in the parameters' dtypes.
+        mu: fast moving average of the gradient, structured like the parameters, in their dtypes or `momentum_dtype`.
+        mu_slow: slow moving average of the gradient, in float32 or wider.
+        nu: moving average of the squared gradient, in the dtypes of the parameters.
     """
 
-    count: Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, as in optax
     mu: PyTree
     mu_slow: PyTree
     nu: PyTree
@@ -41,21 +41,22 @@ class AdEMAMix(OptaxOptimizer):
 
     Over the first `slow_warmup` updates, alpha(t) grows linearly from 0, and the half-life of b3(t) grows linearly from
     that of b1: 1 / ln b3(t) = (1 - s) / ln b1 + s / ln b3 with s = t / slow_warmup. The slow average is not
-    bias-corrected. The state holds three numbers per parameter; AdamW's holds two.
+    bias-corrected. The state stores three values per parameter, compared with two for AdamW.
 
     Args:
         learning_rate: a number or a function of the update count.
-        b1: decay of the fast average, in [0, 1).
-        b2: decay of the second moment, in [0, 1).
-        b3: decay of the slow average, in [0, 1).
+        b1: decay rate of the fast average, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        b3: decay rate of the slow average, in [0, 1).
         alpha: weight of the slow average in the step, at least 0.
-        slow_warmup: updates over which `alpha` and `b3` grow (the whole run in the paper); 0 keeps both constant.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
-        momentum_dtype: dtype of the fast average; None for the parameters' dtypes. The slow average uses at least
-            float32, since bfloat16 would round its small changes away.
-        gradient_transform: an optax transformation that is applied to the gradient first, or None.
+        slow_warmup: number of updates over which `alpha` and `b3` grow (in the paper, the whole run); 0 for no warmup.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
+            None, weight decay applies to all leaves.
+        momentum_dtype: dtype of the fast average; None uses the parameter dtypes. The slow average is float32 or wider,
+            because bfloat16 would round away its small changes.
+        gradient_transform: an optax transformation applied to the gradient first, or None.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range.
@@ -94,12 +95,12 @@ class AdEMAMix(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return -1.0
 
 
 def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
-    """The direction of AdEMAMix's step, before weight decay and the learning rate."""
+    """Return a transformation that computes the AdEMAMix direction, without weight decay or the learning rate."""
     b1, b2 = settings.b1, settings.b2
 
     def init(params: PyTree) -> AdEMAMixState:
@@ -127,10 +128,10 @@ def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
 
 
 def _slow_average(settings: AdEMAMix, count: Array, dtype: Any) -> tuple[Scalar, Scalar]:
-    """alpha(t) and 1 - b3(t) at update t = `count`, counted from 1."""
+    """Return alpha(t) and 1 - b3(t) at update t = `count`, counted from 1."""
     if settings.slow_warmup == 0:
         return settings.alpha, 1 - settings.b3
     share = jnp.minimum(count.astype(dtype) / settings.slow_warmup, 1)
-    # float32 resolves a decay close to 1 poorly, so compute with 1 - b: log1p for the inputs, expm1 for the result.
+    # float32 is imprecise for decay rates close to 1, so compute with 1 - b: log1p for inputs, expm1 for the result.
     fast, slow = (jnp.log1p(jnp.asarray(b - 1, dtype)) for b in (settings.b1, settings.b3))
     return settings.alpha * share, -jnp.expm1(1 / ((1 - share) / fast + share / slow))

@@ -1,4 +1,4 @@
-"""Sophia's update and refresh: Algorithm 3 of arXiv 2305.14342."""
+"""Sophia's update and curvature refresh (arXiv 2305.14342, Algorithm 3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def updated(
     sophia: AbstractSophia, grads: PyTree, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
 ) -> tuple[PyTree, SophiaState]:
-    """The step to add to the parameters, and the state after it. P projects into the basis of h.
+    """Return the step to add to the parameters and the next state. P projects into the basis of h.
 
     m     <- b1 m + (1 - b1) g
     u     <- clip(P m / max(rho h, eps), -1, 1)                            m and h bias-corrected
@@ -54,12 +54,12 @@ def updated(
 
 
 def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite: Bool[Array, ""]) -> SophiaState:
-    """The state after a refresh, which is skipped unless the estimate and the same step's gradient are finite.
+    """Return the state after a refresh, which is skipped unless the estimate and the gradient of the step are finite.
 
-    h <- b2 h + (1 - b2) h_hat; then the basis, if any, is rotated with h, and the controller, if any, sets rho.
+    h <- b2 h + (1 - b2) h_hat. The basis, if any, is then rotated with h, and the controller, if any, sets rho.
     """
     averaged = jax.tree.map(sophia.curvature.next, state.curvature, h_hat)
-    # Check h, not the estimate: this also catches values that overflow h's dtype.
+    # Check h instead of the estimate, to also detect values that overflow the dtype of h.
     sound = finite & all_finite(averaged)
     curvature = select(sound, averaged, state.curvature)
     basis = state.basis
@@ -76,23 +76,23 @@ def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite:
     )
     if after.rho is None:
         return after
-    # m is 0 before the first update, so the win rate is meaningless.
+    # Before the first update, m is 0 and the win rate is meaningless.
     measured = sound & (state.count > 0)
     return after._replace(rho=select(measured, sophia.rho.next(state.rho, win_rate(sophia, after)), state.rho))
 
 
 def coordinates_of(sophia: AbstractSophia, state: SophiaState) -> Coordinates:
-    """The coordinates in which h is diagonal."""
+    """Return the coordinates in which h is diagonal."""
     return Coordinates() if sophia.basis is None else sophia.basis.at(state.basis)
 
 
 def last_rho(sophia: AbstractSophia, state: SophiaState) -> Any:
-    """The rho of the update that produced this state."""
+    """Return the rho used by the update that produced this state."""
     return sophia.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
 
 
 def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
-    """Numerator and denominator of the ratio that is clipped, for a state after an update."""
+    """Return the numerator and denominator of the ratio to clip, given a state after an update."""
     momentum = coordinates_of(sophia, state).project(jax.tree.map(upcast, state.momentum))
     momentum = jax.tree.map(lambda m: sophia.momentum.corrected(m, state.count - state.skipped_updates), momentum)
     rho = last_rho(sophia, state)
@@ -103,10 +103,10 @@ def ratio(sophia: AbstractSophia, state: SophiaState) -> tuple[PyTree, PyTree]:
 
 
 def unclipped(sophia: AbstractSophia, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-    """The coordinates whose step is not clipped, except those with h <= 0, such as the rows of unseen tokens."""
+    """Return a mask of the unclipped coordinates, excluding those with h <= 0, such as embeddings of unseen tokens."""
     return jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *ratio(sophia, state), state.curvature)
 
 
 def win_rate(sophia: AbstractSophia, state: SophiaState) -> Float[Array, ""]:
-    """The fraction of coordinates that are `unclipped`."""
+    """Return the fraction of coordinates selected by `unclipped`."""
     return total(unclipped(sophia, state)) / num_coordinates(state.momentum)

@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 
 class SophiaState(NamedTuple):
-    """Sophia's state between steps.
+    """State of Sophia between steps.
 
     Attributes:
         count: number of updates so far.
         refresh_count: number of curvature refreshes so far.
-        momentum: m, structured like the model's trainable part, in its dtypes or in the dtype of `Momentum`.
-        curvature: h, with the same shapes, in at least float32 or in the dtype of `Curvature`.
-        refresh_pending: whether the last refresh was skipped and the next step should try again.
-        skipped_updates: number of updates whose gradient was not finite; they changed only the counts.
-        skipped_refreshes: number of refreshes whose estimate, or the same step's gradient, was not finite.
+        momentum: m, structured like the trainable part of the model, in its dtypes or in `Momentum.dtype`.
+        curvature: h, with the same shapes, in float32 or wider, or in `Curvature.dtype`.
+        refresh_pending: whether the last refresh was skipped and should be retried at the next step.
+        skipped_updates: number of updates skipped because the gradient was not finite; they change only the counts.
+        skipped_refreshes: number of refreshes skipped because the estimate or the gradient was not finite.
         steps_since_refresh: number of updates since the last refresh, or since the start if none has happened yet.
         rho: a float32 scalar if a `WinRateController` sets rho; otherwise None.
         gradient_state: the state of `gradient_transform`, or None.
         basis: the state of a `KroneckerBasis`, or None.
     """
 
-    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    count: Int[Array, ""]  # type: ignore[assignment]  # shadows tuple.count, as in optax
     refresh_count: Int[Array, ""]
     momentum: PyTree[Float[Array, "..."]]
     curvature: PyTree[Float[Array, "..."]]
@@ -61,12 +61,12 @@ COUNTS = ("count", "refresh_count", "skipped_updates", "skipped_refreshes", "ste
 
 
 class Momentum(eqx.Module):
-    """m <- b1 m + (1 - b1) g, at every update.
+    """Moving average of the gradient: m <- b1 m + (1 - b1) g, at every update.
 
     Args:
-        b1: decay, in [0, 1).
-        bias_correct: whether the update uses m / (1 - b1^count).
-        dtype: dtype of m; None for the parameters' dtypes. The average is computed in the wider of m's and g's dtypes.
+        b1: decay rate, in [0, 1).
+        bias_correct: whether the update uses the bias-corrected m / (1 - b1^count).
+        dtype: dtype of m; None uses the parameter dtypes. The average is computed in the wider dtype, that of m or g.
     """
 
     b1: Scalar = eqx.field(default=0.965, converter=python_number)
@@ -79,29 +79,29 @@ class Momentum(eqx.Module):
         check_dtype("momentum_dtype", self.dtype)
 
     def next(self, m: Array, g: Array) -> Array:
-        """The next m, given a gradient g, in m's dtype."""
+        """Return the next m, in the same dtype, given a gradient g."""
         return (self.b1 * m.astype(jnp.promote_types(m.dtype, g.dtype)) + (1 - self.b1) * g).astype(m.dtype)
 
     def corrected(self, m: Array, count: Int[Array, ""]) -> Array:
-        """m as the update uses it, in at least float32, after `count` updates that were not skipped."""
-        # m is 0 before the first update, and stays 0 whatever it is divided by.
+        """Return m as used by the update, in float32 or wider, after `count` updates that were not skipped."""
+        # Before the first update, m is 0, so the divisor does not matter.
         return upcast(m) / (1 - self.b1 ** jnp.maximum(count, 1)) if self.bias_correct else upcast(m)
 
 
 class Curvature(eqx.Module):
-    """h <- b2 h + (1 - b2) h_hat, at every refresh, in the coordinates of `basis`.
+    """Moving average of curvature estimates: h <- b2 h + (1 - b2) h_hat, at every refresh, in the given basis.
 
     Args:
-        b2: decay, in [0, 1).
-        interval: updates between two refreshes, at least 1.
-        initial_refreshes: number of initial steps that each refresh the curvature: early on, h averages few estimates
-            and the model changes quickly.
-        bias_correct: whether the update uses h / (1 - b2^refreshes). Without the correction, as in the paper, h reaches
-            63 % of its value only after 1 / (1 - b2) refreshes, and the steps are too long until then.
-        dtype: dtype of h; None for float32, or for the parameters' dtype if it is wider. The average is computed in at
-            least float32, but storing it in bfloat16 loses changes of less than 0.4 %: with b2 = 0.99, estimates within
-            40 % of h have no effect.
-        basis: the basis in which h is diagonal; None for the parameters' own coordinates.
+        b2: decay rate, in [0, 1).
+        interval: number of updates between refreshes, at least 1.
+        initial_refreshes: number of steps at the start of training that all refresh the curvature. Early on, h averages
+            few estimates and the model changes quickly.
+        bias_correct: whether the update uses the bias-corrected h / (1 - b2^refreshes). Without the correction, as in
+            the paper, h takes 1 / (1 - b2) refreshes to reach 63% of its value, and until then the steps are too large.
+        dtype: dtype of h; None uses float32, or the parameter dtype if it is wider. The average is computed in float32
+            or wider, but storing it in bfloat16 loses changes of less than 0.4%: with b2 = 0.99, estimates within 40%
+            of h have no effect.
+        basis: the basis in which h is diagonal; None uses the original coordinates of the parameters.
     """
 
     b2: Scalar = eqx.field(default=0.99, converter=python_number)
@@ -121,16 +121,16 @@ class Curvature(eqx.Module):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis or None")
 
     def next(self, h: Array, h_hat: Array) -> Array:
-        """The next h, given an estimate, in h's dtype."""
+        """Return the next h, in the same dtype, given an estimate."""
         return (self.b2 * upcast(h) + (1 - self.b2) * h_hat.astype(wide_dtype(h))).astype(h.dtype)
 
     def corrected(self, h: Array, refresh_count: Int[Array, ""]) -> Array:
-        """h as the update uses it, in at least float32, after `refresh_count` refreshes."""
+        """Return h as used by the update, in float32 or wider, after `refresh_count` refreshes."""
         return upcast(h) / (1 - self.b2 ** jnp.maximum(refresh_count, 1)) if self.bias_correct else upcast(h)
 
 
 class WeightDecay(eqx.Module):
-    """Decoupled weight decay; see `Sophia`."""
+    """Decoupled weight decay; see `AbstractSophia`."""
 
     rate: ScalarOrSchedule = eqx.field(default=0.2, converter=python_number)
     mask: WeightDecayMask = None
@@ -143,8 +143,8 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
     """Check that a state belongs to this optimizer.
 
     Raises:
-        TypeError: if it is not a `SophiaState`.
-        ValueError: if its `rho` or `basis` does not match the optimizer's, or a hyper-parameter has several numbers.
+        TypeError: if the state is not a `SophiaState`.
+        ValueError: if its `rho` or `basis` does not match the optimizer, or if a hyper-parameter is not a scalar.
     """
     if not isinstance(state, SophiaState):
         raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
@@ -159,7 +159,7 @@ def check_state(optimizer: AbstractSophia, state: Any) -> None:
 
 
 def state_metrics(state: SophiaState) -> dict[str, Any]:
-    """The metrics that depend on the state alone; see `Sophia.metrics`."""
+    """Return the metrics that depend only on the state; see `AbstractSophia.metrics`."""
     nonpositive = total(jax.tree.map(lambda h: h <= 0, state.curvature))
     return {
         "curvature_nonpositive": nonpositive / num_coordinates(state.curvature),
@@ -172,7 +172,7 @@ def state_metrics(state: SophiaState) -> dict[str, Any]:
 
 
 def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState, num_targets: Any) -> dict[str, Any]:
-    """The critical batch size, and the signal-to-noise ratio of each array.
+    """Estimate the critical batch size, and the signal-to-noise ratio of each array.
 
     The squared gradient of the loss on one target drawn from the model has mean h. To the extent that the model fits
     the data, the gradient of the mean loss on B targets has variance h / B in each coordinate. Let m be the
@@ -181,14 +181,14 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
         variance of m = (h / B) (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t))
         |G|^2 = max(0, |m|^2 - trace(variance of m))
         critical_batch_tokens = sum(h) / |G|^2                 the batch size at which signal and noise are equal
-        signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           over that array
+        signal_to_noise/ARRAY = |G|^2 / (sum(h) / B)           for one array
 
     The critical batch size is the simple noise scale of McCandlish et al. 2018 (arXiv 1812.06162); it is infinite if no
-    signal is found. The gradient is assumed to change little over 1 / (1 - b1) steps. Clipping the gradient before it
-    enters m makes |G| too small.
+    signal is detected. The gradient is assumed to change little over 1 / (1 - b1) steps. If the gradient is clipped
+    before it is averaged, |G| is underestimated.
 
     Args:
-        momentum, curvature: the optimizer's averages; h must be the curvature of the likelihood's mean loss.
+        momentum, curvature: the moving averages; h must be the curvature of the mean negative log-likelihood.
         state: a state after an update; all results are nan before the first refresh.
         num_targets: B, the number of targets in a batch.
     """

@@ -30,7 +30,7 @@ from sophia_levanter.optim._trees import WeightDecayMask, all_finite, decay_mask
 
 
 class BaselineState(NamedTuple):
-    """The state of an `OptaxOptimizer`.
+    """State of an `OptaxOptimizer`.
 
     Attributes:
         optax_state: the state of the optax transformation.
@@ -42,7 +42,7 @@ class BaselineState(NamedTuple):
 
 
 class OptaxOptimizer(eqx.Module):
-    """An optax transformation that is applied to the trainable part of a model."""
+    """Base class for optimizers that apply an optax transformation to the trainable part of a model."""
 
     gradient_transform: optax.GradientTransformation | None = eqx.field(default=None, kw_only=True)
     estimator: ClassVar[None] = None
@@ -52,10 +52,10 @@ class OptaxOptimizer(eqx.Module):
 
     @abc.abstractmethod
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """The optax transformation for these parameters."""
+        """Return the optax transformation for these parameters."""
 
     def init(self, model: PyTree) -> BaselineState:
-        """The state before the first step.
+        """Return the state before the first step.
 
         Raises:
             ValueError: if the model has no floating-point leaf.
@@ -74,14 +74,13 @@ class OptaxOptimizer(eqx.Module):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, BaselineState]:
-        """One step from the gradient of the mean loss: the step to add to the model, and the next state.
+        """Return the step to add to the model and the next state, given the gradient of the mean loss.
 
-        If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` is whether it
-        is finite; if None, it is checked. `h_hat` must be None; it exists for loops that also train with Sophia.
+        If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` states
+        whether it is finite; if None, this is checked. `h_hat` must be None; it exists for loops that also run Sophia.
 
         Raises:
-            ValueError: if `h_hat` is given, or the gradient's tree does not match the model's; the error names the
-                path.
+            ValueError: if `h_hat` is given, or if `grads` and `model` differ in structure; the error names the path.
         """
         if h_hat is not None:
             raise ValueError(f"h_hat was given, but {type(self).__name__} uses no curvature; check refresh_due first")
@@ -105,33 +104,33 @@ class OptaxOptimizer(eqx.Module):
         return select(finite, updates, zeros), BaselineState(new_state, gradient_state)
 
     def refresh_due(self, step: int) -> bool:
-        """Always False, since the optimizer uses no curvature."""
+        """Return False, because the optimizer does not use curvature."""
         return False
 
     def metrics(
         self, state: BaselineState, num_targets: float | Float[Array, ""] | None = None
     ) -> dict[str, Float[Array, ""]]:
-        """`momentum_norm`, the global 2-norm of the first moment as stored, over all parameter groups."""
+        """Return `momentum_norm`, the global 2-norm of the stored first moment over all parameter groups."""
         found = optax.tree.get_all_with_path(state.optax_state, "mu")
-        # A parameter may also be called mu, but only a state's moment has a path that ends in a named-tuple field.
+        # A parameter may also be called mu, but only the path of a moment ends in a named-tuple field.
         moments = [mu for path, mu in found if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
         return {"momentum_norm": optax.tree.norm(moments)}
 
     def estimator_at(self, state: BaselineState) -> None:
-        """Always None, since the optimizer uses no curvature."""
+        """Return None, because the optimizer does not use curvature."""
 
     def width_exponent(self, inputs: int, outputs: int) -> float | None:
-        """The exponent e with which a matrix's learning rate, tuned at one width, scales to n times that width: n^e.
+        """Return the power of the width with which a matrix's learning rate scales.
 
-        Used by `model.parametrization: mup`, which refuses an optimizer that returns None, as this class does.
+        This is used by `model.parametrization: mup`, which rejects optimizers that return None, as this class does.
 
         Args:
-            inputs, outputs: the sizes of the matrix.
+            inputs, outputs: the dimensions of the matrix.
         """
         return None
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """No matrix work; optimizers that do some override this method."""
+        """Return an empty `MatrixWork`. Optimizers that perform whole-matrix operations override this method."""
         return MatrixWork()
 
 
@@ -140,16 +139,17 @@ class AdamW(OptaxOptimizer):
 
     Args:
         learning_rate: a number or a function of the update count.
-        b1: decay of the first moment, in [0, 1).
-        b2: decay of the second moment, in [0, 1).
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
+            None, weight decay applies to all leaves.
         nesterov: whether to use Nesterov momentum (NAdamW; Dozat 2016).
-        cautious: whether to zero the coordinates whose step points up this batch's gradient and to scale up the others
-            (arXiv 2411.16085).
-        momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
-        gradient_transform: an optax transformation that is applied to the gradient first, or None.
+        cautious: whether to zero the coordinates in which the step ascends the current gradient, and to scale up the
+            others (arXiv 2411.16085).
+        momentum_dtype: dtype of the first moment; None uses the parameter dtypes.
+        gradient_transform: an optax transformation applied to the gradient first, or None.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range.
@@ -186,15 +186,15 @@ class AdamW(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return -1.0
 
 
 class Lion(OptaxOptimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675); see `optax.lion`.
 
-    The arguments are AdamW's, except eps, nesterov and cautious; b2 is the decay of the only moment, and b1 is its
-    weight in the step.
+    The arguments are those of `AdamW` except eps, nesterov and cautious. b2 is the decay rate of the single moment, and
+    b1 is its weight in the step.
 
     Examples:
         >>> optimizer, params = Lion(learning_rate=0.5, weight_decay=0.0), {"w": jnp.ones(2)}
@@ -221,12 +221,12 @@ class Lion(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return -1.0
 
 
 def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` with a mask that may contain factors on the rate."""
+    """Return a variant of `optax.add_decayed_weights` whose mask may contain factors that scale the rate."""
     factors = decay_mask_tree(mask, params)
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
@@ -238,7 +238,7 @@ def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> 
 
 
 def check_shared(optimizer: Any) -> None:
-    """Check the hyper-parameters that every baseline has.
+    """Check the hyper-parameters shared by all baselines.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range.
@@ -250,9 +250,9 @@ def check_shared(optimizer: Any) -> None:
     check_dtype("momentum_dtype", optimizer.momentum_dtype)
 
 
-# Liu et al. 2025, section 2.2: the root mean square of AdamW's steps. It puts the learning rate on AdamW's scale.
+# Root mean square of AdamW steps (Liu et al. 2025, section 2.2). It makes the learning rate comparable to AdamW's.
 ADAMW_RMS = 0.2
-# Coefficients of the quintic Newton-Schulz iteration, chosen for its slope at 0 (Jordan et al. 2024).
+# Coefficients of the quintic Newton-Schulz iteration, chosen to maximize its slope at 0 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -260,31 +260,31 @@ ITERATIONS = 5
 class Muon(OptaxOptimizer):
     """Muon (Jordan et al. 2024), scaled and decayed as in Liu et al. 2025 (arXiv 2502.16982).
 
-    The step of an in x out matrix is learning_rate * 0.2 * sqrt(max(in, out)) times its Nesterov momentum,
-    orthogonalised by five Newton-Schulz iterations, which bring the singular values to between about 0.7 and 1.2, not
-    exactly to 1. All other parameters are updated by AdamW with Nesterov momentum, at the same learning rate. The state
-    and the steps are those of `optax.contrib.muon`.
+    The step for an in x out matrix is learning_rate * 0.2 * sqrt(max(in, out)) times its Nesterov momentum,
+    orthogonalised by five Newton-Schulz iterations. These bring the singular values to between about 0.7 and 1.2, not
+    exactly to 1. All other parameters are updated by AdamW with Nesterov momentum and the same learning rate. The state
+    and the steps are the same as in `optax.contrib.muon`.
 
     Args:
         learning_rate: a number or a function of the update count, for all parameters.
-        beta: decay of the matrices' momentum, in [0, 1).
-        b1: decay of the other parameters' first moment, in [0, 1).
-        b2: decay of the other parameters' second moment, in [0, 1).
-        eps: added to the root of that second moment, and to the norm that divides a matrix before the iterations.
-        weight_decay: decoupled decay of all parameters, multiplied by the learning rate.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
-        matrices: optax's `MuonDimensionNumbers` for each parameter to orthogonalise, and None for the others, as a
-            tree, a prefix of one, or a function from parameters to one. They specify the parameter's input (reduction)
-            and output axes; the other axes enumerate matrices. If None, every leaf with two axes is a matrix, including
-            embeddings.
-        momentum_dtype: dtype of the momentum and the first moment; None for the parameters' dtypes.
-        mesh_axis: mesh axis whose devices each orthogonalise a share of the matrices; if None, every device
-            orthogonalises all of them.
-        gradient_transform: an optax transformation that is applied to the gradient first, or None.
+        beta: decay rate of the momentum of matrices, in [0, 1).
+        b1: decay rate of the first moment of the other parameters, in [0, 1).
+        b2: decay rate of the second moment of the other parameters, in [0, 1).
+        eps: added to the square root of that second moment, and to the norm by which a matrix is initially divided.
+        weight_decay: decoupled weight decay of all parameters, multiplied by the learning rate.
+        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
+            None, weight decay applies to all leaves.
+        matrices: a pytree (or a prefix of one), or a function that maps the parameters to one. Its leaves are
+            `optax.contrib.MuonDimensionNumbers`, which specify the input (reduction) and output axes of a parameter to
+            orthogonalise, or None for other parameters. Any further axes enumerate matrices. If `matrices` is None,
+            every leaf with two axes is a matrix, including embeddings.
+        momentum_dtype: dtype of the momentum and the first moment; None uses the parameter dtypes.
+        mesh_axis: mesh axis over which to divide the orthogonalisation; if None, every device does all of it.
+        gradient_transform: an optax transformation applied to the gradient first, or None.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if `matrices`
-            does not fit the parameters.
+            does not match the parameters.
 
     Examples:
         >>> optimizer, params = Muon(learning_rate=1.0, weight_decay=0.0), {"w": jnp.eye(4)}
@@ -315,7 +315,7 @@ class Muon(OptaxOptimizer):
         labels = ["adam" if view is None else "muon" for view in views]
         groups = jax.tree.unflatten(jax.tree.structure(params), labels)
         matrices = [view for view in views if view is not None]
-        # Chains with one element keep the state paths of optax.contrib.muon, so that older checkpoints load.
+        # Single-element chains keep the state paths of optax.contrib.muon, so that older checkpoints load.
         direction = optax.partition(
             {
                 "muon": optax.chain(scale_by_muon(matrices, self.beta, self.eps, self.momentum_dtype, self.mesh_axis)),
@@ -323,7 +323,7 @@ class Muon(OptaxOptimizer):
                     optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=True)
                 ),
             },
-            # Pass a function, since a tree that is a model may itself be callable.
+            # Pass a function, because the tree may be a model that is itself callable.
             lambda _: groups,
         )
         return optax.chain(
@@ -333,27 +333,27 @@ class Muon(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The Newton-Schulz iterations, for the FLOP count."""
+        """Return the number of Newton-Schulz iterations, for counting FLOPs."""
         return MatrixWork(newton_schulz=ITERATIONS)
 
 
 def scale_by_muon(
     views: Sequence[MatrixView], beta: Scalar, eps: Scalar, momentum_dtype: Any = None, mesh_axis: str | None = None
 ) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum times 0.2 sqrt(max(in, out)), with `optax.contrib.scale_by_muon`'s state.
+    """Orthogonalise Nesterov momentum and multiply it by 0.2 sqrt(max(in, out)), with the same state as in optax.
 
     Args:
-        views: the view of each parameter, in the order of the leaves.
+        views: the matrix view of each parameter, in leaf order.
         beta, eps, momentum_dtype, mesh_axis: as for `Muon`.
     """
 
     def init(params: PyTree) -> MuonState:
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype), params)
-        # Without a dtype, jax_enable_x64 would put float64 into the checkpoints of float32 parameters.
+        # Without an explicit dtype, jax_enable_x64 would put float64 into the checkpoints of float32 parameters.
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         return MuonState(jnp.zeros((), jnp.int32), mu, jnp.asarray(COEFFICIENTS, dtype))
 
@@ -382,7 +382,7 @@ def scale_by_muon(
 def orthogonalized(x: Array, coefficients: Array, eps: Scalar) -> Array:
     """Iterate X <- a X + (b X X^T + c (X X^T)^2) X five times, starting from X / |X|.
 
-    `x` is [in, out]; a tall matrix is transposed first, so that X X^T is small.
+    `x` is [in, out]. A tall matrix is transposed first, so that X X^T is small.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalized(x.T, coefficients, eps).T

@@ -1,4 +1,4 @@
-"""Sample classes from logits, and compute their losses."""
+"""Categorical sampling from logits, and the cross-entropy loss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BLOCK = 128
 
 
 def sample_categorical(logits: Array, uniforms: Array) -> Array:
-    """Labels drawn from softmax(logits) by inverting the cumulative distribution, in float32.
+    """Draw labels from softmax(logits) by inverting the cumulative distribution, in float32.
 
     For large vocabularies, one uniform number per position is several times cheaper than one Gumbel variable per class.
-    The cumulative sum is taken first over blocks of 128 classes, and then within the block that contains the sample.
+    The cumulative sum is computed first over blocks of 128 classes, and then within the block containing the sample.
 
     Args:
         logits: [..., classes]; -inf for a class that cannot be drawn. At least one logit must be finite.
@@ -40,11 +40,11 @@ def sample_categorical(logits: Array, uniforms: Array) -> Array:
 
 
 def _first_above(weights: Array, ends: Array, target: Array) -> Array:
-    """The first index with positive weight whose cumulative sum exceeds the target.
+    """Return the first index with positive weight whose cumulative sum exceeds the target.
 
-    If rounding leaves no such index, the result is the last index with positive weight. The weights are checked because
-    the first sum above the target can belong to an index with weight 0: a target may be rounded below 0, and a parallel
-    cumulative sum is not quite monotone.
+    If there is no such index because of rounding, return the last index with positive weight. The weights are checked
+    because the first sum above the target may belong to an index with weight 0: a target may be rounded to less than 0,
+    and parallel cumulative sums are not exactly monotonic.
     """
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     possible = weights > 0
@@ -53,7 +53,7 @@ def _first_above(weights: Array, ends: Array, target: Array) -> Array:
 
 
 def categorical_loss(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[label], in float32 or wider.
+    """Compute -log softmax(logits)[label], in float32 or wider.
 
     Args:
         logits: [..., classes].

@@ -1,4 +1,4 @@
-"""Checks for arguments and trees. Under `jit` and `vmap`, numbers may be tracers, whose values cannot be checked."""
+"""Checks of arguments and pytrees. Under `jit` and `vmap`, numbers may be tracers, whose values cannot be checked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ARRAYS = np.ndarray | jax.Array
 def check_number(
     name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False, schedule: bool = False
 ) -> None:
-    """Raise unless a hyper-parameter is a number, or an array of them, in [low, high), or in (low, high) if `low_open`.
+    """Raise an error unless a hyper-parameter is a number or array in [low, high), or in (low, high) if `low_open`.
 
-    Traced arrays pass, since their values are unknown; with `schedule`, so do functions of the update count.
+    Traced arrays are accepted, because their values are unknown. If `schedule` is True, functions are accepted as well.
     """
     if callable(value) and not isinstance(value, type):
         if not schedule:
@@ -46,13 +46,13 @@ def _is_real(array: Any) -> bool:
 
 
 def python_number(value: Any) -> Any:
-    """Convert a NumPy scalar or 0-d array to a Python number, which does not promote bfloat16; keep any other value."""
+    """Convert a NumPy scalar or 0-d array to a Python number, which does not promote bfloat16. Keep other values."""
     scalar = isinstance(value, np.generic | np.ndarray) and value.shape == ()
     return value.item() if scalar and _is_real(value) else value
 
 
 def whole_number(value: Any) -> Any:
-    """Convert an integer of any type to an int; keep any other value, for `check_count` to reject."""
+    """Convert an integer of any type to an int. Return any other value unchanged, for `check_count` to reject."""
     try:
         return value if isinstance(value, bool | jax.Array) else operator.index(value)
     except TypeError:
@@ -60,13 +60,13 @@ def whole_number(value: Any) -> Any:
 
 
 def check_count(name: str, value: Any, *, low: int = 1) -> None:
-    """Raise a ValueError unless the value is an int of at least `low`; JAX arrays fail, since they may be traced."""
+    """Raise a ValueError unless the value is an int of at least `low`. JAX arrays are rejected: they may be traced."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {low}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise a ValueError that lists the choices, unless the value is one of them."""
+    """Raise a ValueError listing the choices unless the value is one of them."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
@@ -94,13 +94,13 @@ def check_mesh_axis(value: Any) -> None:
 
 
 def check_single(name: str, value: Any) -> None:
-    """Raise a ValueError for an array of several numbers, which would broadcast over the parameters' last axis."""
+    """Raise a ValueError unless the value is a scalar, because an array would broadcast over the last axis."""
     if np.shape(value) != ():
         raise ValueError(f"{name} has shape {np.shape(value)}; it must be a single number (use vmap for several)")
 
 
 def value_at(name: str, value: float | Array | Callable[[Array], Any], count: Any) -> Any:
-    """The value of a hyper-parameter (a number or a schedule) at an update count; a schedule must return one number."""
+    """Evaluate a hyper-parameter (a number or schedule) at an update count. A schedule must return a single number."""
     found = value(count) if callable(value) else value
     if not isinstance(found, Real | ARRAYS):
         raise TypeError(f"the schedule for {name} returned {found!r}; it must return a number")
@@ -109,7 +109,7 @@ def value_at(name: str, value: float | Array | Callable[[Array], Any], count: An
 
 
 def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, for example from jnp.mean") -> Array:
-    """The value as an array without named axes. Raises a ValueError if it has axes, a TypeError if it is not real."""
+    """Return the value as a plain array. Raise a ValueError if it is not a scalar, or a TypeError if it is not real."""
     value = plain(value)
     array = jnp.asarray(value) if isinstance(value, Real | ARRAYS) else None
     if array is None or jnp.iscomplexobj(array):
@@ -120,7 +120,7 @@ def check_scalar(name: str, value: Any, what: str = "a scalar mean loss, for exa
 
 
 def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
-    """A function's results as arrays. Raises an error unless they are real scalars, one for each entry of `what`."""
+    """Return a function's results as arrays. Raise an error unless they are real scalars, one per entry of `what`."""
     if not isinstance(results, tuple | list) or len(results) != len(what):
         raise TypeError(f"{name} must return {len(what)} scalars: {', '.join(what)}")
     named = zip(("first", "second", "third"), results, what, strict=False)
@@ -128,13 +128,13 @@ def check_scalars(name: str, results: Any, what: Sequence[str]) -> list[Array]:
 
 
 def check_key(key: Any) -> None:
-    """Raise a TypeError unless the key is an array; JAX random keys count as arrays."""
+    """Raise a TypeError unless the key is an array. JAX random keys are arrays."""
     if not isinstance(key, ARRAYS):
         raise TypeError(f"key is {key!r}; it must be a JAX random key, such as jax.random.key(0)")
 
 
 def check_flag(name: str, value: Any) -> Bool[Array, ""]:
-    """The value as a bool scalar. Raises a TypeError if it is not one."""
+    """Return the value as a bool scalar. Raise a TypeError if it is not one."""
     if not isinstance(value, bool | np.bool_ | ARRAYS) or jnp.asarray(value).dtype != bool:
         raise TypeError(f"{name} is {value!r}; it must be a bool")
     if jnp.shape(value) != ():
@@ -164,7 +164,7 @@ def check_parameters(model: PyTree) -> None:
 
 
 def check_real(name: str, tree: PyTree) -> None:
-    """Raise a TypeError that names the path of the first complex leaf."""
+    """Raise a TypeError naming the path of the first complex leaf, if any."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable(tree)):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
@@ -174,7 +174,7 @@ def check_real(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
-    """Raise a ValueError naming the first path where `tree` and params differ, or a TypeError if a leaf is complex."""
+    """Raise a ValueError naming the first path where `tree` and `params` differ, or a TypeError for a complex leaf."""
     check_real(name, tree)
     found, wanted = (
         {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(trainable(t))}

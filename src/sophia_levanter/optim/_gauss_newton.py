@@ -1,4 +1,4 @@
-"""Estimators of the Gauss-Newton matrix's diagonal from squared gradients (arXiv 2305.14342, Algorithm 2)."""
+"""Estimators of the diagonal of the Gauss-Newton matrix from squared gradients (arXiv 2305.14342, Algorithm 2)."""
 
 import abc
 from collections.abc import Callable
@@ -29,12 +29,12 @@ REDUCTIONS = ("square_then_average", "average_then_square")
 
 
 class AbstractSquaredGradient(eqx.Module):
-    """B * g^2, where g is the gradient of the mean loss on B targets; see `GaussNewtonBartlett` for `reduction`."""
+    """Base class of estimators B * g^2 from the gradient g of the mean loss on B targets; see `GaussNewtonBartlett`."""
 
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
 
-    # Properties, not `AbstractVar`s: type checkers would order those fields before the likelihood.
+    # Use properties instead of `AbstractVar`s, which type checkers would order before the likelihood.
     @property
     @abc.abstractmethod
     def reduction(self) -> str: ...
@@ -48,16 +48,16 @@ class AbstractSquaredGradient(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """The gradient is projected once, or once per microbatch if each is squared."""
+        """Return the number of projections: one, or one per microbatch if each gradient is squared separately."""
         return num_microbatches if self.reduction == "square_then_average" else 1
 
     def accumulated(self, grad_sum: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """A microbatch's term in the running total, in at least float32: G_i^2 or G_i."""
+        """Return the term that a microbatch adds to the running total, G_i^2 or G_i, in float32 or wider."""
         wide = jax.tree.map(upcast, grad_sum)
         return self._squared(wide, num_targets) if self.reduction == "square_then_average" else wide
 
     def finished(self, total: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """The estimate, given the sums over microbatches of `accumulated` and of the number of targets."""
+        """Return the estimate, given the sums of `accumulated` and of the number of targets over all microbatches."""
         if self.reduction == "average_then_square":
             total = self._squared(total, num_targets)
         return jax.tree.map(lambda x: x / num_targets, total)
@@ -76,26 +76,26 @@ class AbstractSquaredGradient(eqx.Module):
 
 
 class GaussNewtonBartlett(AbstractSquaredGradient):
-    """B * g^2, where g is the gradient of the mean loss on B targets drawn from the model's own distribution.
+    """Estimator B * g^2, where g is the gradient of the mean loss on B targets drawn from the model's own distribution.
 
-    Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2); it is never negative. It measures the curvature
-    of the likelihood's mean loss: if the training loss is c times as large, rho must be c times as large too.
+    Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2), and it is never negative. It measures the
+    curvature of the mean negative log-likelihood. If the training loss is c times as large, multiply rho by c.
 
-    Both reductions are unbiased over several microbatches, since the G_i are independent with mean zero. With n
+    Both reductions are unbiased for several microbatches, because the G_i are independent with mean zero. With n
     microbatches, squaring first reduces the variance by a factor of up to n; the authors' code averages first.
 
     Args:
         likelihood: the distribution of the targets given the outputs.
-        reduction: how microbatches are combined: `square_then_average` is sum_i G_i^2 / sum_i B_i,
+        reduction: how microbatches are combined. `square_then_average` is sum_i G_i^2 / sum_i B_i, and
             `average_then_square` is (sum_i G_i)^2 / sum_i B_i, where G_i is the gradient of the summed loss of
             microbatch i and B_i is its number of targets.
-        extra_pass: whether a refresh step makes one more backward pass. If False, the microbatches that the curvature
-            is estimated on see only sampled targets and are left out of the gradient: the step costs no more than any
-            other, and its gradient is the mean over the remaining microbatches.
-        max_grad_norm: global norm that g is clipped to before it is squared (1.0 in the authors' code). Clipping biases
+        extra_pass: whether a refresh step makes an additional backward pass. If False, the microbatches used to
+            estimate the curvature see only sampled targets and do not contribute to the gradient. The step then costs
+            no more than any other, and its gradient is the mean over the remaining microbatches.
+        max_grad_norm: global norm to which g is clipped before squaring (1.0 in the authors' code). Clipping biases
             the estimate; None disables it.
-        coordinates: the coordinates in which the diagonal is estimated, by default the parameters' own;
-            `Sophia.estimator_at` sets them.
+        coordinates: the coordinates in which to estimate the diagonal, by default those of the parameters. They are
+            set by `Sophia.estimator_at`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -127,18 +127,18 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         key: Key[Array, ""],
         weights: Any = None,
     ) -> PyTree:
-        """An estimate of the Gauss-Newton diagonal of the (weighted) mean loss.
+        """Estimate the diagonal of the Gauss-Newton matrix of the (weighted) mean loss.
 
         Args:
             outputs_fn: model -> outputs, or (model, microbatch) -> the microbatch's outputs.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
             key: a JAX random key for the targets.
-            weights: the weight of each target in the mean loss, 1 by default; 0 leaves a target out. The shape is that
-                of the likelihood's losses, preceded by the microbatch axis if there are microbatches.
+            weights: the weight of each target in the mean loss, 1 by default; 0 excludes the target. The shape is that
+                of the losses, preceded by the microbatch axis if there are microbatches.
 
         Raises:
-            ValueError, TypeError: if the outputs do not fit the likelihood.
+            ValueError, TypeError: if the likelihood does not accept the outputs.
         """
         check_microbatch_weights(microbatches, weights)
 
@@ -151,11 +151,11 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
     @property
     def gradients(self) -> float:
-        """2/3 for the extra backward pass, 0 without it; the forward pass is shared with the gradient."""
+        """The cost of an estimate in gradients: 2/3 with an extra backward pass (sharing the forward pass), else 0."""
         return 2 / 3 if self.extra_pass else 0.0
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """A step's gradient and an estimate from one forward pass."""
+        """Return the gradient of a step and an estimate, using one forward pass."""
         return step.shared_gradient(self) if self.extra_pass else step.replaced_gradient(self)
 
     def from_sampled_loss(
@@ -166,7 +166,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """The same estimate from a function that draws its own targets, such as a blocked loss over a vocabulary.
+        """Compute the estimate from a function that draws its own targets, such as a blocked loss over a vocabulary.
 
         Args:
             sampled_loss: (model, key) or (model, microbatch, key) -> (mean loss on B targets drawn from the model's
@@ -178,14 +178,14 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         return _estimate(self, "sampled_loss", sampled_loss, model, microbatches, key)
 
     def sampled_loss(self, outputs: Any, *, key: Key[Array, ""], weights: Any = None) -> tuple[Array, Array]:
-        """The mean loss on targets drawn from the outputs' own distribution, and their number B.
+        """Return the mean loss on targets drawn from the distribution given by the outputs, and their number B.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
             key: a JAX random key for the targets.
-            weights: the weight of each target; B is their sum. The mean loss is weighted by their square roots, so
-                that its expected squared gradient is proportional to the weighted sum of the targets' Gauss-Newton
-                diagonals.
+            weights: the weight of each target; B is the sum of the weights. The mean loss is weighted by their square
+                roots, so that the expectation of its squared gradient is proportional to the weighted sum of the
+                Gauss-Newton diagonals of the targets.
         """
         _, losses, w = self._sampled(outputs, key, weights)
         return weighted_mean(losses, jnp.sqrt(w), jnp.sum(w)), jnp.sum(w)
@@ -193,13 +193,13 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
     def losses(
         self, outputs: Any, targets: Any, *, key: Key[Array, ""], weights: Any = None
     ) -> tuple[Array, Array, Array]:
-        """The mean losses on the true and on sampled targets, and their number B, for `value_grad_and_curvature`.
+        """Return the mean losses on true and sampled targets, and their number B, for `value_grad_and_curvature`.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
             targets: the true targets, in the form that the likelihood expects.
             key: a JAX random key for the sampled targets.
-            weights: the weight of each target in the mean; B is their sum.
+            weights: the weight of each target in the mean; B is the sum of the weights.
         """
         sampled, sampled_losses, w = self._sampled(outputs, key, weights)
         targets = targets_in_use(self.likelihood, outputs, targets, sampled, w)
@@ -211,17 +211,17 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         )
 
     def _sampled(self, outputs: Any, key: Key[Array, ""], weights: Any) -> tuple[Array, Array, Array]:
-        """Sampled targets, their losses, and the weights in the losses' shape."""
+        """Return sampled targets, their losses, and the weights in the shape of the losses."""
         sampled = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
         losses = self.likelihood.loss(outputs, sampled)
         return sampled, losses, target_weights(self.likelihood, outputs, losses, weights)
 
 
 class EmpiricalFisher(AbstractSquaredGradient):
-    """B * g^2, where g is the gradient of the mean loss on the B targets in the data: the training gradient itself.
+    """Estimator B * g^2, where g is the training gradient, that is, the gradient of the mean loss on B true targets.
 
-    The mean gradient is not 0 and enters the estimate, so this is not the diagonal of the Gauss-Newton matrix
-    (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are as for `GaussNewtonBartlett`.
+    The mean of g is not 0 and contributes to the estimate, so this does not estimate the Gauss-Newton diagonal
+    (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are the same as for `GaussNewtonBartlett`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -248,18 +248,18 @@ class EmpiricalFisher(AbstractSquaredGradient):
         *,
         key: Key[Array, ""],
     ) -> PyTree:
-        """B * g^2 on the targets in the data.
+        """Compute B * g^2 on the true targets.
 
         Args:
             loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
-            key: a JAX random key, which only other estimators use.
+            key: a JAX random key, used only by other estimators.
         """
         return _estimate(self, "loss_fn", lambda *args: loss_fn(*args[:-1]), model, microbatches, key)
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """A step's gradient and an estimate from the same passes."""
+        """Return the gradient of a step and an estimate, using the same passes."""
         return step.shared_gradient(self)
 
 
@@ -271,7 +271,7 @@ def _estimate(
     microbatches: PyTree,
     key: Key[Array, ""],
 ) -> PyTree:
-    """An estimate without a gradient, from (model, key) or (model, microbatch, key) -> (mean loss, num_targets)."""
+    """Compute only an estimate; `loss_fn` maps (model, key) or (model, microbatch, key) to (mean loss, num_targets)."""
 
     def losses_fn(*args: Any) -> tuple[Array, Array, Array]:
         loss, num_targets = check_scalars(name, loss_fn(*args), ("a scalar mean loss", "the number of targets"))

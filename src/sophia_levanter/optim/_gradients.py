@@ -1,6 +1,6 @@
-"""Gradients and curvature of a batch, for the trainer and for `value_grad_and_curvature`.
+"""Gradients and curvature of a batch, for the trainer and `value_grad_and_curvature`.
 
-Only one microbatch's activations are in memory at a time.
+Only the activations of one microbatch are in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def split_microbatches(
     """Split the first part of a batch into microbatches, for an estimator or `value_grad_and_curvature`.
 
     Args:
-        batch: any pytree of arrays or NamedArrays whose first axis is the row axis; all have the same number of rows.
-        microbatch_size: rows in a microbatch; it must divide the number of rows.
+        batch: any pytree of arrays or NamedArrays whose first axis is the row axis, with the same size in all of them.
+        microbatch_size: number of rows in a microbatch; it must divide the number of rows in the batch.
         fraction: the fraction of the batch to keep, in (0, 1], rounded to whole microbatches (at least one).
-        num_devices: number of devices that the rows will be sharded over; it must divide `microbatch_size`, so that
+        num_devices: number of devices over which the rows will be sharded; it must divide `microbatch_size`, so that
             every device has rows. Shard the result as [None, devices].
 
     Returns:
@@ -65,10 +65,10 @@ def split_microbatches(
 
 
 def num_microbatches(microbatches: PyTree) -> int:
-    """The length of the first axis.
+    """Return the size of the first axis.
 
     Raises:
-        ValueError: if the arrays have different lengths, or the tree has no arrays.
+        ValueError: if the size differs between arrays, or if the tree has no arrays.
     """
     return _common_length("microbatches", microbatches, "microbatches")
 
@@ -86,10 +86,10 @@ def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
 def sum_over_microbatches(
     function: Callable[[PyTree, Any], PyTree], microbatches: PyTree, start: PyTree | None = None
 ) -> PyTree:
-    """The sum of `function(microbatch, index)` over the first axis, in a `lax.scan` over one microbatch at a time.
+    """Sum `function(microbatch, index)` over the first axis, using `lax.scan` to process one microbatch at a time.
 
     Args:
-        function: returns a tree of arrays, whose shapes are the same for every microbatch.
+        function: returns a pytree of arrays with the same shapes for every microbatch.
         microbatches: any pytree of arrays or NamedArrays [microbatch, ...].
         start: the initial sum; by default, zeros.
     """
@@ -135,19 +135,19 @@ def _common_length(name: str, tree: PyTree, things: str) -> int:
     return lengths.pop()
 
 
-# (model, microbatch, key) -> mean loss, mean loss on sampled targets, number of targets. The losses are means, so that
-# half precision does not overflow; `accumulate` multiplies them by the number of targets.
+# (model, microbatch, key) -> mean loss, mean loss on sampled targets, number of targets. The losses are means to avoid
+# overflow in half precision; `accumulate` multiplies them by the number of targets.
 LossesFn = Callable[..., tuple[Any, Any, Any]]
 
 
 class GradientSums(NamedTuple):
-    """Sums over targets.
+    """Loss, gradient and curvature, summed over targets.
 
     Attributes:
         loss: the summed loss.
         num_targets: the number of targets, or their total weight.
-        grads: the gradient in at least float32, structured like the model's trainable part; None if not computed.
-        curvature: the sum of the estimator's `accumulated`; None without an estimator.
+        grads: the gradient, structured like the trainable part of the model, in float32 or wider; None if not computed.
+        curvature: the sum of the results of the estimator's `accumulated` method; None without an estimator.
     """
 
     loss: Float[Array, ""]
@@ -156,7 +156,7 @@ class GradientSums(NamedTuple):
     curvature: PyTree | None
 
     def mean(self) -> tuple[Float[Array, ""], PyTree]:
-        """The mean loss and its gradient."""
+        """Return the mean loss and its gradient."""
         return self.loss / self.num_targets, jax.tree.map(lambda g: g / self.num_targets, self.grads)
 
 
@@ -174,9 +174,9 @@ def accumulate(
 
     Args:
         losses_fn, model, microbatches, key: as for `value_grad_and_curvature`.
-        estimator: its `accumulated` computes each microbatch's curvature term; None to skip the curvature.
+        estimator: an estimator whose `accumulated` computes the curvature term of a microbatch; None for no curvature.
         gradient: whether to compute the gradient of the loss on the true targets.
-        start: sums over other microbatches, to which these are added.
+        start: sums over other microbatches, to which the new sums are added.
     """
     check_parameters(model)
     check_key(key)
@@ -186,7 +186,7 @@ def accumulate(
         return check_scalars("losses_fn", losses_fn(model, *args), what)
 
     def one(*args: Any) -> GradientSums:
-        # Return only the losses that are differentiated, so that no other backward pass is built.
+        # Return only the losses to differentiate, so that no other backward pass is built.
         wanted = [0] if gradient else []
         if estimator is not None and not (gradient and not estimator.samples_targets):
             wanted.append(int(estimator.samples_targets))
@@ -199,7 +199,7 @@ def accumulate(
         n = jnp.asarray(num_targets, jnp.promote_types(loss.dtype, jnp.float32))
 
         def gradient_of(index: int) -> PyTree:
-            """The gradient of a summed loss; in half precision, n as a cotangent would be rounded or overflow."""
+            """Return the gradient of a summed loss. In half precision, a cotangent n would be rounded or overflow."""
             cotangents = [jnp.zeros_like(result) for result in results]
             exact = results[index].dtype == n.dtype
             cotangents[index] = n if exact else jnp.ones_like(results[index])
@@ -217,16 +217,16 @@ def accumulate(
 
 
 class RefreshStep(eqx.Module):
-    """A step that refreshes the curvature. The estimator decides which passes to make.
+    """A step that refreshes the curvature. The estimator determines which passes are made.
 
     Attributes:
         losses_fn: as for `value_grad_and_curvature`.
         model: the model before the step.
         key: a JAX random key.
         batch: the microbatches [microbatch, ...] of the whole batch; None for a single pass.
-        first: the microbatches [microbatch, ...] that the curvature is estimated on.
-        others: the microbatches of the batch that are not in `first`; None if `first` is not part of the batch.
-        curvature_losses_fn: a version of `losses_fn` that has a forward derivative; None if `losses_fn` has one.
+        first: the microbatches [microbatch, ...] used to estimate the curvature.
+        others: the remaining microbatches of the batch; None if `first` is not part of the batch.
+        curvature_losses_fn: a version of `losses_fn` with a forward-mode derivative; None if `losses_fn` has one.
     """
 
     losses_fn: LossesFn
@@ -238,13 +238,13 @@ class RefreshStep(eqx.Module):
     curvature_losses_fn: LossesFn | None = None
 
     def gradient(self) -> GradientSums:
-        """Loss and gradient over the whole batch."""
+        """Compute the loss and gradient over the whole batch."""
         return accumulate(self.losses_fn, self.model, self.batch, key=self.key)
 
     def shared_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
-        """Loss and gradient over the whole batch, and an estimate on `first` from the same forward pass.
+        """Compute the loss and gradient over the whole batch, and an estimate on `first`, in the same forward pass.
 
-        Sampled targets need a second backward pass, and a `first` outside the batch needs a separate pass.
+        Sampled targets require a second backward pass. If `first` is not part of the batch, a separate pass is made.
 
         Args:
             estimator: an estimator with `samples_targets`, `accumulated` and `finished`, such as `GaussNewtonBartlett`.
@@ -259,7 +259,7 @@ class RefreshStep(eqx.Module):
         return self._with_others(sums._replace(curvature=None)), h_hat
 
     def replaced_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
-        """Loss and gradient over `others`, and an estimate on `first`, with no more passes than a plain step.
+        """Compute the gradient over `others`, and an estimate on `first`, with no more passes than an ordinary step.
 
         Raises:
             ValueError: if `others` is empty or None.
@@ -271,21 +271,21 @@ class RefreshStep(eqx.Module):
             )
         sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
         h_hat = estimator.finished(sums.curvature, sums.num_targets)
-        # If the estimate is not finite, start the gradient at nan, so that the step is skipped: see _once_complete.
+        # If the estimate is not finite, initialise the gradient to nan, so that the step is skipped (_once_complete).
         zero = jnp.where(all_finite(h_hat), 0.0, jnp.nan)
         zeros = jax.tree.map(lambda p: jnp.full_like(p, zero, dtype=wide_dtype(p)), trainable(self.model))
         nothing = GradientSums(jnp.zeros_like(sums.loss), jnp.zeros_like(sums.num_targets), zeros, None)
         return self._with_others(nothing), h_hat
 
     def curvature_pass(self, after: GradientSums) -> tuple[Callable[..., tuple[Array, Array]], PyTree]:
-        """The loss and the microbatches for a separate pass over `first`, which begins when `after` is complete.
+        """Return a loss and microbatches for a separate pass over `first`, which starts once `after` is complete.
 
         Returns:
-            A function with a forward derivative, (model, microbatch) -> (scalar mean loss, number of targets), and the
-            microbatches. For a single pass, the function takes only the model, and the microbatches are None.
+            A function (model, microbatch) -> (scalar mean loss, number of targets) with a forward-mode derivative, and
+            the microbatches. For a single pass, the function takes only the model, and the microbatches are None.
         """
         losses_fn = self.curvature_losses_fn or self.losses_fn
-        # An estimator draws its probe from `key`, and dropout must not depend on the probe.
+        # Estimators draw the probe from `key`, so use a different key to make dropout independent of the probe.
         key = jax.random.fold_in(self.key, 0)
 
         def loss_fn(model: PyTree, *microbatch: Any) -> tuple[Array, Array]:
@@ -307,11 +307,11 @@ class RefreshStep(eqx.Module):
 
 
 def _once_complete(sums: GradientSums, microbatches: PyTree) -> PyTree:
-    """The microbatches, for a pass that begins only when these sums are complete.
+    """Make the microbatches depend on the sums, so that a pass over them starts only once the sums are complete.
 
-    Two concurrent passes would need the memory of both. On CPUs they may deadlock, because devices enter the
-    collectives of independent passes in different orders. If the gradient is not finite, the microbatches become zeros:
-    such a step is skipped anyway, and the loss that it reports comes from the earlier pass.
+    Two concurrent passes would use the memory of both. On CPUs they may deadlock, because devices enter the collectives
+    of independent passes in different orders. If the gradient is not finite, the microbatches are replaced by zeros:
+    the step is skipped anyway, and its reported loss comes from the earlier pass.
     """
     finite = all_finite(sums.grads)
 
@@ -331,10 +331,10 @@ def value_grad_and_curvature(
     estimator: Any,
     curvature_microbatches: int | None = None,
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
-    """The mean loss, its gradient and an estimate of the curvature, computed in the same passes as in the trainer.
+    """Compute the mean loss, its gradient and a curvature estimate, in the same passes as the trainer.
 
-    With `GaussNewtonBartlett`, the estimate costs one extra backward pass, or none with `extra_pass=False`. The
-    estimator's method `losses` computes the three results of `losses_fn` from a model's outputs. This keeps two
+    With `GaussNewtonBartlett`, the estimate costs one extra backward pass, or none with `extra_pass=False`. The method
+    `losses` of the estimator computes the three results of `losses_fn` from the outputs of a model. This keeps two
     cotangents of the outputs in memory; for a large vocabulary, write a `losses_fn` that applies the head to the final
     hidden states in blocks and computes both losses in one pass (as `sophia_levanter.models.loss` does).
 
@@ -344,14 +344,14 @@ def value_grad_and_curvature(
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
         key: a JAX random key for the sampled targets, or the probe.
-        estimator: the estimator, such as an optimizer's `optimizer.estimator_at(state)`.
-        curvature_microbatches: the number of leading microbatches to estimate the curvature on; None for all.
+        estimator: the curvature estimator, such as `optimizer.estimator_at(state)`.
+        curvature_microbatches: the number of leading microbatches used to estimate the curvature; None uses all.
 
     Returns:
-        The loss, and the gradient and the estimate, both structured like the model's trainable part.
+        The loss, the gradient and the estimate. The last two are structured like the trainable part of the model.
 
     Raises:
-        ValueError: if a loss is not a scalar, or there are fewer microbatches than `curvature_microbatches`.
+        ValueError: if a loss is not a scalar, or if there are fewer microbatches than `curvature_microbatches`.
         TypeError: if the estimator does not define `gradient_and_estimate`.
 
     Examples:

@@ -21,16 +21,16 @@ Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share settings: those whose path matches a regular expression, or those with a given role.
+    """Settings for a group of parameters, selected by a regular expression for their paths or by their role.
 
     Attributes:
         match: a regular expression to search for in parameter paths, such as `wte|wpe` or `attention.*weight`.
-        learning_rate: factor on the optimizer's learning rate.
-        weight_decay: the group's weight decay; None for the optimizer's.
-        role: a role that `roles` assigns to parameters, such as `embedding`, given instead of `match`.
+        learning_rate: factor by which the learning rate of the optimizer is multiplied.
+        weight_decay: weight decay of the group; None uses that of the optimizer.
+        role: a role assigned to parameters by `roles`, such as `embedding`; an alternative to `match`.
 
     Raises:
-        ValueError: if not exactly one of `match` and `role` is given, the expression is not valid, or a number is
+        ValueError: unless exactly one of `match` and `role` is given, or if the expression is invalid or a number is
             negative.
 
     Examples:
@@ -55,22 +55,22 @@ class ParameterGroup:
             check_number("weight_decay", self.weight_decay, low=0)
 
     def includes(self, path: str, role: str | None) -> bool:
-        """Whether a parameter with this path and role belongs to the group."""
+        """Return whether a parameter with this path and role belongs to the group."""
         return role == self.role if self.match is None else re.search(self.match, path) is not None
 
 
 class ParameterGroups(OptimizerWrapper):
-    """An optimizer whose steps are scaled by group: theta <- theta + r step, where r is the group's factor.
+    """Wrapper that scales the steps of an optimizer by group: theta <- theta + r step, where r is the group's factor.
 
-    A parameter is in the first group that matches its path, such as `blocks.attention.query.weight`, or its role; if no
-    group matches, r = 1. The state is the optimizer's. The optimizer applies the groups' weight decay: give it
-    `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
+    A parameter belongs to the first group that matches its path, such as `blocks.attention.query.weight`, or its role.
+    If no group matches, r = 1. The state is that of the wrapped optimizer, which also applies weight decay: create it
+    with `weight_decay=1.0, weight_decay_mask=group_weight_decay(groups, rate, mask, roles)`.
 
     Args:
-        optimizer: an optimizer that follows the `Optimizer` protocol.
-        groups: the groups.
-        roles: a tree (or prefix) of the parameters' roles, or a function from parameters to one; required if a group
-            has a role.
+        optimizer: an optimizer that implements the `Optimizer` protocol.
+        groups: the parameter groups; earlier groups take precedence.
+        roles: a pytree of role names (or a prefix of one), or a function that maps the parameters to one. Required if a
+            group has a role.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -87,7 +87,7 @@ class ParameterGroups(OptimizerWrapper):
     roles: Roles = None
 
     def init(self, model: PyTree) -> Any:
-        """The optimizer's state before the first step.
+        """Return the optimizer state before the first step.
 
         Raises:
             ValueError: if a group matches no parameter.
@@ -104,35 +104,35 @@ class ParameterGroups(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """The step to add to the model, and the next state; the arguments and errors are the optimizer's."""
+        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer."""
         updates, after = self.optimizer.update(grads, state, model, h_hat, finite=finite)
         factors = self.learning_rate_factors(model)
         scaled = jax.tree.map(lambda u, r: u if r == 1 else (r * u).astype(u.dtype), updates, factors)
         return scaled, after
 
     def learning_rate_factors(self, model: PyTree) -> PyTree[float]:
-        """The factor r for each parameter."""
+        """Return the factor r for each parameter."""
         rates = [group.learning_rate for group in self.groups]
         return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
 
 
 class ScaledGradients(OptimizerWrapper):
-    """An optimizer whose gradients are multiplied by a scale s for each parameter, before it sees them.
+    """Wrapper that multiplies the gradient of each parameter by a scale s before passing it to an optimizer.
 
-    Curvature is multiplied by s^2, or by s if the estimator is `signed` (see `config.transfer`). For AdamW this is the
-    same as eps / s, for Sophia-G as eps / s and rho s. The state and the metrics are those of the wrapped optimizer, so
-    its norms are those of scaled gradients.
+    Curvature is multiplied by s^2, or by s if the estimator is `signed` (see `config.transfer`). For AdamW, this is
+    equivalent to using eps / s; for Sophia-G, to using eps / s and rho s. The state and metrics are those of the
+    wrapped optimizer, so the norms are computed from scaled gradients.
 
     Args:
-        optimizer: follows the protocol of `Optimizer`.
-        scales: a function from parameters to a tree (or prefix) of floats.
+        optimizer: an optimizer that implements the `Optimizer` protocol.
+        scales: a function that maps the parameters to a pytree of floats (or a prefix of one).
     """
 
     optimizer: Any
     scales: Callable[[PyTree], PyTree[float]]
 
     def init(self, model: PyTree) -> Any:
-        """The optimizer's state before the first step."""
+        """Return the optimizer state before the first step."""
         return self.optimizer.init(model)
 
     def update(
@@ -144,7 +144,7 @@ class ScaledGradients(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """The step to add to the model, and the next state; arguments and errors are those of the optimizer."""
+        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer."""
         scales = fit_prefix("scales", self.scales, trainable(model), lambda x: isinstance(x, float), "a float")
         grads = jax.tree.map(lambda s, g: s * g, scales, trainable(grads))
         if h_hat is not None:
@@ -156,12 +156,12 @@ class ScaledGradients(OptimizerWrapper):
 def group_weight_decay(
     groups: Sequence[ParameterGroup], rate: float, mask: WeightDecayMask = None, roles: Roles = None
 ) -> Callable[[PyTree], PyTree[float]]:
-    """The weight decay of each parameter, for the `weight_decay_mask` of an optimizer with `weight_decay=1.0`.
+    """Return a `weight_decay_mask` with the weight decay of each parameter, for an optimizer with `weight_decay=1.0`.
 
     Args:
         groups: as for `ParameterGroups`.
-        rate: the weight decay of parameters whose decay is not set by a group.
-        mask: where `rate` applies; a group's own decay applies to all of its parameters.
+        rate: the weight decay of parameters whose weight decay is not set by a group.
+        mask: where `rate` applies. If a group sets the weight decay, it applies to all parameters in the group.
         roles: as for `ParameterGroups`.
     """
     decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]
@@ -176,7 +176,7 @@ def group_weight_decay(
 
 
 def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = None) -> dict[str, int]:
-    """The index in `groups` of each parameter's group, keyed by the parameter's path; ungrouped parameters are omitted.
+    """Map the path of each parameter to the index of its group in `groups`; ungrouped parameters are omitted.
 
     Args:
         groups: as for `ParameterGroups`.
@@ -184,11 +184,10 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
         roles: as for `ParameterGroups`.
 
     Raises:
-        ValueError: if a group matches no parameter, or only parameters that are in earlier groups, or if a group has a
-            role and `roles` is None.
+        ValueError: if a group matches no parameter outside earlier groups, or if it has a role and `roles` is None.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_named)
-    # `trainable` would leave out the arrays of an abstract model.
+    # `trainable` would drop the arrays of an abstract model.
     paths = [_path(path) for path, leaf in leaves if jnp.issubdtype(getattr(plain(leaf), "dtype", bool), jnp.inexact)]
     by_path = _roles_by_path(groups, roles, model)
     found = {path: index for path in paths if (index := _first(groups, path, by_path)) is not None}
@@ -207,7 +206,7 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
 def _by_group(
     groups: Sequence[ParameterGroup], roles: Roles, model: PyTree, value: Callable[[int | None], float]
 ) -> PyTree[float]:
-    """A number for each parameter, computed from the index of its group (None without a group)."""
+    """Return a number for each parameter, computed from the index of its group (None if it has no group)."""
     params = trainable(model)
     by_path = _roles_by_path(groups, roles, params)
 
@@ -219,7 +218,7 @@ def _by_group(
 
 
 def _roles_by_path(groups: Sequence[ParameterGroup], roles: Roles, model: PyTree) -> dict[str, str]:
-    """The role of each parameter, keyed by its path; empty if no group has a role."""
+    """Map the path of each parameter to its role. The result is empty if no group has a role."""
     asked = [group.role for group in groups if group.role is not None]
     if not asked:
         return {}

@@ -31,17 +31,17 @@ from sophia_levanter.optim._likelihood import (
 from sophia_levanter.optim._trees import plain, trainable, upcast
 
 PROBES = ("rademacher", "gaussian")
-# A product with a symmetric matrix, structured like the model's trainable part, and the weight to divide it by.
+# A matrix-vector product, structured like the trainable part of the model, and the weight to divide it by.
 Product = tuple[PyTree, Any]
 
 
 class AbstractHutchinson(eqx.Module):
-    """u * (M u) for a symmetric matrix M: its mean over random u with E[u u^T] = I is the diagonal of M."""
+    """Base class for estimators u * (M u) of the diagonal of a symmetric matrix M, for random u with E[u u^T] = I."""
 
     signed: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
 
-    # Properties, not `AbstractVar`s: type checkers would order those fields before the likelihood.
+    # Use properties instead of `AbstractVar`s, which type checkers would order before the likelihood.
     @property
     @abc.abstractmethod
     def probe(self) -> str: ...
@@ -55,7 +55,7 @@ class AbstractHutchinson(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """Each probe is projected back, and its product is projected into the basis."""
+        """Return the number of projections: each probe is projected out of the basis, and its product into it."""
         return 2 * self.num_probes
 
     def _check(self) -> None:
@@ -69,9 +69,9 @@ class AbstractHutchinson(eqx.Module):
         microbatches: PyTree,
         key: Key[Array, ""],
     ) -> PyTree:
-        """The mean of u * (M u) over the probes, in at least float32.
+        """Average u * (M u) over the probes, in float32 or wider.
 
-        `product` maps (u, microbatch, index) to the microbatch's part of M u times its weight, and to the weight.
+        `product` maps (u, microbatch, index) to M u for the microbatch, multiplied by its weight, and to the weight.
         """
 
         def one(key: Key[Array, ""], _: Any) -> PyTree:
@@ -91,13 +91,13 @@ class AbstractHutchinson(eqx.Module):
 
 
 class Hutchinson(AbstractHutchinson):
-    """u * (H u): its mean over u is the diagonal of the Hessian; individual entries may be negative (Algorithm 1).
+    """Estimator u * (H u), whose mean is the diagonal of the Hessian H; entries may be negative (Algorithm 1).
 
     Args:
-        probe: how u is drawn: `rademacher` (lower variance) or `gaussian` (the paper's).
+        probe: the distribution of u: `rademacher` (lower variance) or `gaussian` (as in the paper).
         num_probes: the number of probes u to average over; they are processed one at a time.
-        coordinates: the coordinates in which the diagonal is estimated, by default the parameters' own;
-            `Sophia.estimator_at` sets them.
+        coordinates: the coordinates in which to estimate the diagonal, by default those of the parameters. They are
+            set by `Sophia.estimator_at`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -123,18 +123,18 @@ class Hutchinson(AbstractHutchinson):
         key: Key[Array, ""],
         weights: Float[Array, " microbatch"] | None = None,
     ) -> PyTree:
-        """An estimate of the Hessian's diagonal.
+        """Estimate the diagonal of the Hessian.
 
         Args:
             loss_fn: model -> scalar mean loss, or (model, microbatch) -> the microbatch's mean loss.
             model: any pytree.
-            microbatches: a pytree of arrays [microbatch, ...]; they share u and only split the work.
+            microbatches: a pytree of arrays [microbatch, ...]; all of them use the same u.
             key: a JAX random key for u.
-            weights: weight of each microbatch in the mean loss, such as its number of targets; all equal by default.
+            weights: weight of each microbatch in the mean loss, such as its number of targets; equal by default.
 
         Raises:
             ValueError: if the loss is not a scalar.
-            TypeError: if an operation in the loss has no forward derivative.
+            TypeError: if an operation in the loss has no forward-mode derivative.
         """
         if microbatches is None:
             if weights is not None:
@@ -150,11 +150,11 @@ class Hutchinson(AbstractHutchinson):
 
     @property
     def gradients(self) -> float:
-        """Each probe costs a gradient and its derivative."""
+        """The cost of an estimate in gradients; each probe requires a gradient and its derivative."""
         return 2.0 * self.num_probes
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """A step's gradient, and an estimate from a separate pass."""
+        """Return the gradient of a step, and an estimate from a separate pass."""
         sums = step.gradient()
         loss_fn, microbatches = step.curvature_pass(sums)
         return sums, self._estimate(loss_fn, step.model, microbatches, step.key)
@@ -162,7 +162,7 @@ class Hutchinson(AbstractHutchinson):
     def _estimate(
         self, loss_fn: Callable[..., tuple[Any, Any]], model: PyTree, microbatches: PyTree, key: Key[Array, ""]
     ) -> PyTree:
-        """An estimate, from model, or (model, microbatch), -> (mean loss, its weight)."""
+        """Compute an estimate; `loss_fn` maps model or (model, microbatch) to (mean loss, its weight)."""
         check_key(key)
 
         def product(u: PyTree, part: PyTree, _: Any) -> Product:
@@ -174,11 +174,11 @@ class Hutchinson(AbstractHutchinson):
 
 
 class GaussNewtonHutchinson(AbstractHutchinson):
-    """u * (J^T S J u): Hutchinson's estimator for the Gauss-Newton matrix, for comparison with the other estimators.
+    """Hutchinson's estimator u * (J^T S J u) for the Gauss-Newton matrix, for comparison with the other estimators.
 
-    J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, at sampled targets
-    if it depends on the targets (it does not for the likelihoods here). Forward mode computes J u, and reverse mode
-    computes the rest. The mean equals that of Gauss-Newton-Bartlett. Individual entries may be negative.
+    J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, evaluated at sampled
+    targets if it depends on them (it does not for the likelihoods in this package). Forward mode computes J u, and
+    reverse mode computes the rest. The mean equals that of Gauss-Newton-Bartlett. Entries may be negative.
 
     Args:
         likelihood: the distribution of the targets given the outputs.
@@ -211,13 +211,13 @@ class GaussNewtonHutchinson(AbstractHutchinson):
         key: Key[Array, ""],
         weights: Any = None,
     ) -> PyTree:
-        """An estimate of the Gauss-Newton diagonal of the mean loss; the arguments are as for `GaussNewtonBartlett`."""
+        """Estimate the Gauss-Newton diagonal of the mean loss. The arguments are as for `GaussNewtonBartlett`."""
         check_key(key)
         probe_key, target_key = jax.random.split(key)
         check_microbatch_weights(microbatches, weights)
 
         def product(u: PyTree, part: PyTree, index: Any) -> Product:
-            """J^T S J u of the summed loss, and the number of targets."""
+            """Return J^T S J u for the summed loss, and the number of targets."""
             args: tuple
             if microbatches is None:
                 args, own, key = (), weights, target_key
@@ -240,7 +240,7 @@ class GaussNewtonHutchinson(AbstractHutchinson):
 
 
 def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") -> PyTree:
-    """A random direction u with E[u u^T] = I, in the shapes and dtypes of the model's trainable part."""
+    """Draw a random direction u with E[u u^T] = I, with the shapes and dtypes of the trainable part of the model."""
     check_choice("probe", probe, PROBES)
     check_parameters(model)
     draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
@@ -253,7 +253,7 @@ def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") ->
 def hessian_vector_product(
     loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
 ) -> Any:
-    """H v of a scalar loss, by forward-over-reverse differentiation; (H v, aux) if `loss_fn` returns (loss, aux)."""
+    """Return H v for a scalar loss, using forward-over-reverse mode, or (H v, aux) if `loss_fn` returns (loss, aux)."""
 
     def scalar_loss(model: PyTree) -> tuple[Array, Any]:
         loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
@@ -267,10 +267,10 @@ def hessian_vector_product(
 
 
 def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTree, vector: PyTree) -> tuple[Any, Any]:
-    """A function's value at the model and its derivative along a vector; a TypeError names the function."""
+    """Return a function's value and derivative along a vector. Raise a TypeError if forward mode is not supported."""
     try:
         return eqx.filter_jvp(function, (model,), (vector,))
-    # JAX and its kernels raise different error types here: a custom_vjp raises the first, other primitives the rest.
+    # JAX and its kernels raise different types of errors: custom_vjp raises the first, and other primitives the rest.
     except (TypeError, ValueError, NotImplementedError) as error:
         if not re.search(r"forward-mode|ifferentiation rule|\bjvp\b", str(error), re.IGNORECASE):
             raise

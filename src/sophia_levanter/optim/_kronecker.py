@@ -1,4 +1,4 @@
-"""A basis in which a matrix's curvature is closer to diagonal than in the parameters' own coordinates."""
+"""A basis in which the curvature of a matrix is closer to diagonal than in the original coordinates."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from sophia_levanter.optim._trees import upcast, wide_dtype
 
 
 class Factor(NamedTuple):
-    """The factor for one side (inputs or outputs) of a parameter's matrices, in at least float32.
+    """Factor of the basis for one side (inputs or outputs) of the matrices in a parameter, in float32 or wider.
 
     Attributes:
-        moment: the average of m m^T, or m^T m.
-        vectors: orthonormal columns, close to the eigenvectors of `moment`.
+        moment: moving average of m m^T (inputs) or m^T m (outputs).
+        vectors: orthonormal columns that approximate the eigenvectors of `moment`.
     """
 
     moment: Float[Array, "matrix n n"]
     vectors: Float[Array, "matrix n n"]
 
 
-# Two factors for each leaf of the parameters that is a matrix; None for the other leaves and for unrotated sides.
+# Two factors for each parameter leaf that is a matrix, and None for all other leaves and for sides without rotation.
 BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
 
 
 class KroneckerBasis(eqx.Module):
-    """A basis for Sophia's diagonal h: the eigenvectors, on either side, of the second moments of a matrix's momentum.
+    """A basis for Sophia's diagonal h: on each side of a matrix, the eigenvectors of the momentum's second moment.
 
         L   <- b2 L + (1 - b2) m m^T            R   <- b2 R + (1 - b2) m^T m           at every refresh, m in x out
         Q_L <- qr(L Q_L)                        Q_R <- qr(R Q_R)
@@ -46,19 +46,18 @@ class KroneckerBasis(eqx.Module):
     A = Q_L^T Q_L,old and C = Q_R^T Q_R,old, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated
     matrix.
 
-    The state holds 2 (in^2 + out^2) numbers for each matrix. A step projects each matrix into the basis and back; each
+    The state stores 2 (in^2 + out^2) values per matrix. A step projects each matrix into the basis and back; each
     projection multiplies it by one square matrix per side.
 
     Args:
-        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix, and None for those that keep their
-            coordinates, as a tree, a prefix of one, or a function from parameters to one. Axes that are neither input
-            nor output enumerate matrices. If None, every leaf with two axes is a matrix, which includes embeddings
-            and is wrong for a model whose layers are stacked. Under `vmap` of the optimizer itself, `matrices` must be
-            a function or None.
-        b2: decay of L and R per refresh, in [0, 1).
-        max_size: a side with more coordinates than this is not rotated.
-        mesh_axis: mesh axis whose devices each compute a share of the matrices; if None, every device computes all of
-            them.
+        matrices: a pytree (or a prefix of one), or a function that maps the parameters to one. Its leaves are
+            `optax.contrib.MuonDimensionNumbers` for parameters that are matrices, and None for parameters that keep
+            their coordinates. Axes that are neither inputs nor outputs enumerate matrices. If `matrices` is None, every
+            leaf with two axes is a matrix; this includes embeddings and is wrong for models with stacked layers. If
+            the optimizer itself is vmapped, `matrices` must be a function or None.
+        b2: decay rate of L and R per refresh, in [0, 1).
+        max_size: sides with more coordinates than this are not rotated.
+        mesh_axis: mesh axis over which to divide the work on matrices; if None, every device does all of it.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is out of range.
@@ -81,10 +80,10 @@ class KroneckerBasis(eqx.Module):
         check_mesh_axis(self.mesh_axis)
 
     def init(self, params: PyTree) -> BasisState:
-        """The identity basis: the parameters' own coordinates.
+        """Return the identity basis, that is, the original coordinates of the parameters.
 
         Raises:
-            ValueError, TypeError: if `matrices` does not fit the parameters; the error names the path.
+            ValueError, TypeError: if `matrices` does not match the parameters; the error names the path.
         """
 
         def factor(count: int, n: int, dtype: Any) -> Factor | None:
@@ -100,17 +99,17 @@ class KroneckerBasis(eqx.Module):
         return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix: -1, and 1/2 more for each rotated side."""
+        """Return the power of the width with which a matrix's learning rate scales: -1, plus 1/2 per rotated side."""
         return -1 + 0.5 * (inputs <= self.max_size) + 0.5 * (outputs <= self.max_size)
 
     def at(self, state: BasisState) -> Coordinates:
-        """The coordinates that a state of the basis defines."""
+        """Return the coordinates defined by a state of the basis."""
         return Coordinates(self.matrices, state, self.mesh_axis)
 
     def update_moments(self, state: BasisState, tree: PyTree) -> BasisState:
-        """The state after a momentum or gradient, structured like the parameters, is averaged into L and R.
+        """Update L and R with a momentum or gradient, structured like the parameters, and return the new state.
 
-        Moments that overflow are left out.
+        Moments that overflow are skipped.
         """
 
         def average(factor: Factor | None, x: Array, y: Array) -> Factor | None:
@@ -131,7 +130,7 @@ class KroneckerBasis(eqx.Module):
         return tuple(after)
 
     def rotated(self, state: BasisState, diagonal: PyTree) -> tuple[BasisState, PyTree]:
-        """The basis after one step of orthogonal iteration, and the diagonal in that basis.
+        """Return the basis after one step of orthogonal iteration, and the diagonal in that basis.
 
         Args:
             state: the old basis.
@@ -149,25 +148,25 @@ class KroneckerBasis(eqx.Module):
 
 
 def _iterated(moment: Array, vectors: Array) -> tuple[Array, Array]:
-    """The vectors after an iteration, and the squared coordinates of the old vectors in the new ones."""
+    """Return the vectors after one iteration, and the squared coordinates of the old vectors in the new basis."""
     size = jnp.trace(moment, axis1=-2, axis2=-1)[:, None, None]
     # The moments are zero before the first gradient, so keep the identity basis.
     known = size > 0
-    # Gradients are small, and the products of their moments would underflow in float32.
+    # Gradients are small, so products of their moments would underflow in float32.
     scaled = moment / jnp.where(known, size, 1)
-    # Decompose one matrix at a time: on CPUs, a batched QR waits for threads from the pool that it runs in. If a step
-    # has several batches, or there are several devices, all threads may wait: a deadlock (jaxlib 0.10.2).
+    # Decompose one matrix at a time: on CPUs, a batched QR waits for threads from the pool that it runs in. With
+    # several batches per step or several devices, all threads may wait, which is a deadlock (jaxlib 0.10.2).
     after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
     after = jnp.where(known, after, vectors)
     return after, jnp.square(_transposed(after) @ vectors)
 
 
 class Coordinates(eqx.Module):
-    """Coordinates in a basis, for trees structured like the parameters; by default the parameters' own.
+    """Coordinates in a basis (by default, the original coordinates) for trees structured like the parameters.
 
     Args:
         matrices: as for `KroneckerBasis`.
-        state: the state of the basis; None for the parameters' own coordinates.
+        state: the state of the basis; None for the original coordinates.
         mesh_axis: as for `KroneckerBasis`.
     """
 
@@ -179,16 +178,16 @@ class Coordinates(eqx.Module):
         """Project a tree into the basis: Q_L^T G Q_R for each matrix G. Shapes do not change.
 
         Raises:
-            ValueError: if the tree does not have as many leaves as the parameters.
+            ValueError: if the tree and the parameters have different numbers of leaves.
         """
         return self._map(tree, partial(_times, inverse=True))
 
     def project_back(self, tree: PyTree) -> PyTree:
-        """Project a tree from the basis back into the parameters' own coordinates: Q_L G Q_R^T."""
+        """Project a tree from the basis back into the original coordinates: Q_L G Q_R^T."""
         return self._map(tree, partial(_times, inverse=False))
 
     def by_matrix(self, tree: PyTree, function: Callable[..., PyTree]) -> list[tuple[int, MatrixView, PyTree]]:
-        """(index, view, `function(view, stack, left, right)`) for each leaf that has a basis."""
+        """Return (index, view, `function(view, stack, left, right)`) for each leaf that has a basis."""
         leaves, state = jax.tree.leaves(tree), self.state or ()
         if len(leaves) != len(state):
             raise ValueError(f"the basis has {len(state)} parameters, but the tree has {len(leaves)}")

@@ -1,8 +1,7 @@
-"""Distributions of targets given a model's outputs: they draw targets and compute the losses of given targets.
+"""Likelihoods: distributions of targets given model outputs, with methods to sample targets and compute their losses.
 
-Gauss-Newton-Bartlett needs both: the Gauss-Newton matrix is the expected outer product of the loss gradient, with
-targets drawn from the model itself (arXiv 2305.14342, section 2.3). A likelihood is any object with the methods of
-`Likelihood`.
+Gauss-Newton-Bartlett uses both: the Gauss-Newton matrix is the expected outer product of the loss gradient, with
+targets drawn from the model itself (arXiv 2305.14342, section 2.3). Any object with these methods is a likelihood.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from sophia_levanter.optim._trees import axis_names, is_named, plain
 
 
 class Likelihood(Protocol):
-    """A distribution of targets given a model's outputs.
+    """A distribution of targets given model outputs.
 
-    `loss` returns one number per target, so that targets can be weighted or left out. The training loss must be the
+    `loss` returns one number per target, so that targets can be weighted or excluded. The training loss must be the
     (weighted) mean of these numbers.
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """Targets drawn from the distribution that the outputs describe."""
+        """Draw targets from the distribution given by the outputs."""
         ...
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """The negative log-likelihood of each target in nats, in float32 or wider."""
+        """Compute the negative log-likelihood of each target in nats, in float32 or wider."""
         ...
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes of the losses, for NamedArray outputs; called only if targets or weights also have named axes."""
+        """Return the axes of the losses for NamedArray outputs. Called only if targets or weights are NamedArrays."""
         ...
 
 
 def check_likelihood(value: Any) -> None:
-    """Raise a TypeError if the value lacks a likelihood's methods, or is a class instead of an instance."""
+    """Raise a TypeError if the value lacks the methods of a likelihood, or is a class instead of an instance."""
     if isinstance(value, type) or not (hasattr(value, "sample") and hasattr(value, "loss")):
         raise TypeError(
             f"likelihood is {value!r}; it must be an instance, such as Categorical(), Bernoulli() or Normal()"
@@ -51,14 +50,14 @@ def check_likelihood(value: Any) -> None:
 
 
 class Categorical(eqx.Module):
-    """One of several classes, given its logits; the loss is softmax cross-entropy.
+    """Categorical likelihood of a target class, given logits. The loss is softmax cross-entropy.
 
     Args:
-        axis: the class axis of the logits, by position or, for NamedArrays, by name.
-        num_classes: the number of logits that are classes; the rest are padding, which is never drawn. None for all.
+        axis: the class axis of the logits, specified by position or, for NamedArrays, by name.
+        num_classes: the number of classes; any further logits are padding, which is never drawn. None for no padding.
 
     Raises:
-        ValueError: on use, if the logits have no such axis.
+        ValueError: when used, if the logits have no such axis.
 
     Examples:
         >>> f"{Categorical().loss(jnp.zeros((1, 4)), jnp.asarray([2]))[0]:.4f}"  # log 4
@@ -75,17 +74,17 @@ class Categorical(eqx.Module):
             check_count("num_classes", self.num_classes)
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """int32 classes, drawn in float32, with the logits' other axes in their order."""
+        """Draw int32 classes using float32 arithmetic. The remaining axes of the logits keep their order."""
         logits = self._logits(outputs)
         return sample_categorical(logits, jax.random.uniform(key, logits.shape[:-1]))
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """The cross-entropy of each target class.
+        """Compute the cross-entropy of each target class.
 
         Args:
-            outputs: [..., classes] logits; `axis` names the class axis.
-            targets: [...] integers; the axes of a NamedArray are reordered to match the logits. The loss of a target
-                that is not a class is nan, or inf if it is in the padding; give such a target weight 0.
+            outputs: [..., classes] logits; the class axis is specified by `axis`.
+            targets: [...] integers; the axes of a NamedArray are reordered to match the logits. The loss is nan for a
+                target that is not a class, or inf if it is in the padding; use weight 0 for such targets.
         """
         logits = self._logits(outputs)
         if is_named(targets) and is_named(outputs):
@@ -96,11 +95,11 @@ class Categorical(eqx.Module):
                 f"targets for a categorical likelihood have dtype {targets.dtype}; they must be integer classes"
             )
         _check_target_shape(targets, logits.shape[:-1])
-        # The loss of a target that is not a class is nan. This includes -1, which would otherwise index from the end.
+        # The loss is nan for a target that is not a class. This includes -1, which would otherwise index from the end.
         return categorical_loss(logits, jnp.where(targets < 0, logits.shape[-1], targets))
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes of the targets, for NamedArray logits."""
+        """Return the axes of the targets for NamedArray logits."""
         name = self._axis_of(outputs).name
         return tuple(axis for axis in outputs.axes if axis.name != name)
 
@@ -115,7 +114,7 @@ class Categorical(eqx.Module):
         return outputs.axes[self.axis]
 
     def _logits(self, outputs: Any) -> Array:
-        """[..., classes], with the padding at -inf."""
+        """Return logits [..., classes], with -inf for the padding."""
         if is_named(outputs):
             logits = outputs.rearrange((*self.target_axes(outputs), self._axis_of(outputs))).array
         else:
@@ -146,7 +145,7 @@ class Categorical(eqx.Module):
 
 
 class _Elementwise(eqx.Module):
-    """Independent targets, one for each output; losses are summed over the last `event_ndim` axes."""
+    """Likelihood of independent targets, one for each output. Losses are summed over the last `event_ndim` axes."""
 
     event_ndim: int = eqx.field(default=0, static=True, kw_only=True)
 
@@ -154,7 +153,7 @@ class _Elementwise(eqx.Module):
         check_count("event_ndim", self.event_ndim, low=0)
 
     def target_axes(self, outputs: Any) -> tuple:
-        """The axes of the losses, for NamedArray outputs."""
+        """Return the axes of the losses for NamedArray outputs."""
         return outputs.axes[: len(outputs.axes) - self.event_ndim]
 
     def _outputs(self, outputs: Any) -> Array:
@@ -180,11 +179,11 @@ class _Elementwise(eqx.Module):
 
 
 class Bernoulli(_Elementwise):
-    """A binary target, given the logit of 1; the loss is sigmoid cross-entropy.
+    """Bernoulli likelihood of a binary target, given the logit of 1. The loss is sigmoid cross-entropy.
 
     Args:
-        event_ndim: the number of trailing axes that are summed into one target's loss (1 for [row, label] if the
-            training loss is the mean over rows of the sum over labels).
+        event_ndim: the number of trailing axes to sum over for the loss of one target (1 for outputs [row, label] if
+            the training loss is the mean over rows of the sum over labels).
 
     Examples:
         >>> f"{Bernoulli().loss(jnp.zeros(1), jnp.ones(1))[0]:.4f}"  # log 2
@@ -192,12 +191,12 @@ class Bernoulli(_Elementwise):
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """float32 zeros and ones in the outputs' shape."""
+        """Draw float32 zeros and ones in the shape of the outputs."""
         logits = self._outputs(outputs)
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """The cross-entropy of each target.
+        """Compute the cross-entropy of each target.
 
         Args:
             outputs: [...] logits.
@@ -208,12 +207,14 @@ class Bernoulli(_Elementwise):
 
 
 class Normal(_Elementwise):
-    """A real number whose mean is the output; the loss is the squared error over twice the variance, plus a constant.
+    """Normal likelihood of a real-valued target whose mean is the model's output.
+
+    The loss is the squared error divided by twice the variance, plus a constant.
 
     Args:
-        variance: variance of the targets around the mean, above 0; a number or an array that broadcasts to the outputs.
+        variance: variance of the targets, above 0; a number or an array that broadcasts to the shape of the outputs.
             Use 1/2 if the training loss is the mean of (y - output)^2.
-        event_ndim: the number of trailing axes that are summed into one target's loss.
+        event_ndim: the number of trailing axes to sum over for the loss of one target.
 
     Examples:
         >>> likelihood = Normal(0.5)  # (y - output)^2 and a constant
@@ -227,12 +228,12 @@ class Normal(_Elementwise):
         check_number("variance", self.variance, low=0, low_open=True)
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """Numbers in float32 or wider, in the outputs' shape."""
+        """Draw numbers in float32 or wider, in the shape of the outputs."""
         mean = self._outputs(outputs)
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """The negative log-density of each target.
+        """Compute the negative log-density of each target.
 
         Args:
             outputs: [...] means.
@@ -244,7 +245,7 @@ class Normal(_Elementwise):
         return self._summed(jnp.square(error) / (2 * variance) + 0.5 * jnp.log(2 * math.pi * variance))
 
     def _variance(self, mean: Array) -> Array:
-        """The variance in the shape of the outputs; broadcasting must not enlarge that shape."""
+        """Broadcast the variance to the shape of the outputs. Raise a ValueError if this would enlarge that shape."""
         variance = jnp.asarray(self.variance, mean.dtype)
         try:
             return jnp.broadcast_to(variance, mean.shape)
@@ -255,7 +256,7 @@ class Normal(_Elementwise):
 
 
 def _in_order(targets: Any, axes: tuple) -> Any:
-    """The targets with these axes in this order."""
+    """Return the targets with the given axes in the given order."""
     if set(targets.axes) != set(axes):
         wanted = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
         raise ValueError(f"the targets have axes {axis_names(targets)}; for these outputs, they must be {wanted}")
@@ -283,10 +284,10 @@ def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """The weights in the shape of the losses, by default 1; a NamedArray's axes are reordered to match the targets.
+    """Return weights in the shape of the losses, 1 by default. NamedArray axes are reordered to match the targets.
 
     Raises:
-        ValueError: if the weights do not fit the losses.
+        ValueError: if the weights do not broadcast to the shape of the losses.
     """
     if weights is None:
         return jnp.ones_like(losses)
@@ -305,7 +306,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
-    """The targets, or sampled ones where the weight is 0: a missing value marked by nan would have a nan gradient."""
+    """Replace targets with weight 0 by sampled ones, because missing values marked as nan would make gradients nan."""
     if is_named(targets) and is_named(outputs):
         axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
         if set(axes) != set(targets.axes):
@@ -319,13 +320,13 @@ def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: 
 
 
 def weighted_mean(losses: Array, weights: Array, num_targets: Array) -> Array:
-    """sum(losses * weights) / num_targets, or 0 if num_targets is 0."""
-    # Omitted targets may be marked by invalid labels, whose loss is nan, and 0 * nan is nan.
+    """Return sum(losses * weights) / num_targets, or 0 if num_targets is 0."""
+    # Excluded targets may have invalid labels, whose loss is nan, and 0 * nan is nan.
     return jnp.sum(jnp.where(weights == 0, 0, losses * weights)) / jnp.where(num_targets > 0, num_targets, 1)
 
 
 def check_microbatch_weights(microbatches: PyTree, weights: Any) -> None:
-    """Raise a ValueError if the weights do not have the microbatches' first axis."""
+    """Raise a ValueError if the first axis of the weights does not match the microbatches."""
     if microbatches is None or weights is None:
         return
     count = num_microbatches(microbatches)

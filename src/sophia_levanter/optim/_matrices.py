@@ -1,4 +1,4 @@
-"""Which parameters are matrices, along which axes, and which device works on them."""
+"""Views of parameters as matrices, and the distribution of work on matrices over devices."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class MatrixView:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The axes of the parameter that are inputs or outputs."""
+        """The input and output axes of the parameter."""
         return self._order[len(self._order) - self._sides :]
 
     def stack(self, x: Array) -> Array:
         """Reshape an array from the parameter's shape to [matrix, inputs ..., outputs ...].
 
-        These axes can be sharded like the parameter's axes; the axes of [matrix, in, out] often cannot.
+        The result can be sharded in the same way as the parameter, but an array [matrix, in, out] often cannot.
         """
         x = jnp.transpose(x, self._order)
         return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
@@ -66,16 +66,16 @@ class MatrixView:
 def by_matrix(
     mesh_axis: str | None, function: Callable[..., PyTree], items: Sequence[tuple[PyTree, ...]]
 ) -> list[PyTree]:
-    """`[function(*item) for item in items]`, where each device along a mesh axis computes its share of the matrices.
+    """Return `[function(*item) for item in items]`, with the matrices divided among the devices along a mesh axis.
 
-    An item whose number of matrices is a multiple of the number of devices is split directly. Other items are joined if
-    their shapes and views are the same, then padded with zeros, so that parameters with one matrix each are split too.
+    An item whose number of matrices is a multiple of the number of devices is split directly. Other items with equal
+    shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
 
     Args:
-        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device computes everything without a mesh, outside
-            `jit`, or if the mesh lacks this axis or the axis type is not `AxisType.Auto`.
-        function: a function that treats each matrix separately.
-        items: trees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
+        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work without a mesh, outside
+            `jit`, if the mesh does not have this axis, or if the type of the axis is not `AxisType.Auto`.
+        function: a function that processes each matrix independently.
+        items: pytrees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     num_devices = mesh.shape[mesh_axis] if mesh_axis in mesh.auto_axes else 1
@@ -89,7 +89,7 @@ def by_matrix(
         groups.setdefault(shapes if len(stacks[0]) % num_devices else index, []).append(index)
 
     def split(x: Array) -> Array:
-        """Shard an axis inside the matrices, so that joining, padding and slicing stacks needs no communication."""
+        """Shard an axis within the matrices, so that stacks are joined, padded and sliced without communication."""
         axis = next((axis for axis in range(1, x.ndim) if x.shape[axis] % num_devices == 0), None)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axis)
         return jax.lax.with_sharding_constraint(x, spec)
@@ -115,7 +115,7 @@ def by_matrix(
 
 
 def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
-    """A view of each leaf that is a matrix and None for the others, in the order of the leaves; see `matrices_tree`."""
+    """Return a view of each leaf that is a matrix and None for all others, in leaf order; see `matrices_tree`."""
     leaves, structure = jax.tree.flatten(params)
     entries = structure.flatten_up_to(matrices_tree(matrices, params))  # type: ignore[attr-defined]
     return [
@@ -124,16 +124,15 @@ def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
 
 
 def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
-    """`MuonDimensionNumbers` for every leaf of params that is a matrix, and None for the others.
+    """Return a pytree with `MuonDimensionNumbers` for each leaf of `params` that is a matrix, and None for all others.
 
     Args:
-        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
-            a prefix of one, or a function from parameters to one. If None, every leaf with two axes is a matrix.
+        matrices: such a pytree (or a prefix of one), or a function that maps the parameters to one. If None, every leaf
+            with two axes is a matrix.
         params: the parameters.
 
     Raises:
-        ValueError: if a parameter has no entry, an entry has no parameter, or the axes are not valid; the error names
-            the path.
+        ValueError: if parameters and entries do not correspond, or if axes are invalid; the error names the path.
         TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
     """
     if matrices is None:
@@ -148,7 +147,7 @@ def _is_entry(x: Any) -> bool:
 
 
 def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> None:
-    """Raise a ValueError unless input and output axes exist and are distinct; optax would wrap axes out of range."""
+    """Raise a ValueError unless the axes exist and are distinct. Optax would wrap around axes that are out of range."""
     if entry is None:
         return
     groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]

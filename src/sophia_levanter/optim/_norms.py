@@ -1,4 +1,4 @@
-"""Wrappers that control weight norms for any optimizer: matrices on spheres, and decay that never opposes a step."""
+"""Wrappers that control weight norms for any optimizer: constant matrix norms, and cautious weight decay."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, train
 
 
 class NormControlState(NamedTuple):
-    """The state of `Hyperball` and `CautiousWeightDecay`.
+    """State of `Hyperball` and `CautiousWeightDecay`.
 
     Attributes:
         count: int32 scalar, the number of updates so far.
         optimizer_state: the state of the wrapped optimizer.
-        radii: for `Hyperball`, the norms of each leaf's matrices before the first step, in at least float32, with the
-            leaf's axes and size 1 along inputs and outputs; None for leaves that are not matrices.
+        radii: for `Hyperball`, the initial norms of the matrices in each leaf, in float32 or wider, with the axes of
+            the leaf and size 1 along inputs and outputs; None for leaves that are not matrices.
     """
 
-    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    count: Int[Array, ""]  # type: ignore[assignment]  # shadows tuple.count, as in optax
     optimizer_state: Any
     radii: tuple[Float[Array, "..."] | None, ...] = ()
 
     @property
     def refresh_pending(self) -> Bool[Array, ""]:
-        """Whether the wrapped optimizer wants another estimate of the curvature."""
+        """Whether the wrapped optimizer requests another curvature estimate."""
         return getattr(self.optimizer_state, "refresh_pending", jnp.zeros((), bool))
 
 
@@ -43,17 +43,17 @@ class _NormControl(OptimizerWrapper):
 
     @abc.abstractmethod
     def _radii(self, params: PyTree) -> tuple:
-        """The state's radii before the first step."""
+        """Return the radii to store in the initial state."""
 
     @abc.abstractmethod
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
-        """The steps that replace the optimizer's."""
+        """Return the steps that replace those of the optimizer."""
 
     def init(self, model: PyTree) -> NormControlState:
-        """The state before the first step.
+        """Return the state before the first step.
 
         Raises:
-            ValueError, TypeError: as raised by the optimizer; a ValueError from `Hyperball` if it has no matrices.
+            ValueError, TypeError: as raised by the optimizer. `Hyperball` raises a ValueError if it has no matrices.
         """
         inner = self.optimizer.init(model)
         return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
@@ -70,7 +70,7 @@ class _NormControl(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, NormControlState]:
-        """The step to add to the model, and the next state; the arguments and errors are the optimizer's.
+        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer.
 
         Raises:
             TypeError: if the state is not a `NormControlState`.
@@ -83,28 +83,27 @@ class _NormControl(OptimizerWrapper):
 
 
 class Hyperball(_NormControl):
-    """An optimizer whose matrices keep their initial Frobenius norm R (Wen et al. 2026, arXiv 2606.16899).
+    """Wrapper that keeps each matrix at its initial Frobenius norm R (Wen et al. 2026, arXiv 2606.16899).
 
         W <- W - lr R u / |u|
         W <- R W / |W|                  for each matrix of a parameter separately
 
     u is the direction of the optimizer's step. The learning rate is therefore the angle of a step in radians, and the
-    length of u has no effect. Other parameters take the optimizer's own steps; embeddings should be among them, as in
-    the paper and in Levanter. A zero matrix has no direction, so it also takes the optimizer's own steps.
+    length of u has no effect. All other parameters, which should include the embeddings as in the paper and Levanter,
+    use the optimizer's step unchanged. So do zero matrices, because they have no direction.
 
-    Weight decay on these matrices would only rotate u, so exclude them: give the optimizer
-    `hyperball_weight_decay(matrices, mask)` as `weight_decay_mask`. Wrap `ParameterGroups` directly; its factors then
-    apply to the learning rate.
+    Weight decay on these matrices would only rotate u, so set the `weight_decay_mask` of the optimizer to
+    `hyperball_weight_decay(matrices, mask)`. Wrap `ParameterGroups` directly: its factors apply to the learning rate.
 
     Args:
-        optimizer: an optimizer that follows the `Optimizer` protocol.
-        matrices: optax's `MuonDimensionNumbers` for each parameter that is a matrix and None for the others, as a tree,
-            a prefix of one, or a function from parameters to one. Axes that are neither input nor output enumerate
-            matrices. If None, every leaf with two axes is a matrix, including embeddings.
+        optimizer: an optimizer that implements the `Optimizer` protocol.
+        matrices: a pytree (or a prefix of one) with `optax.contrib.MuonDimensionNumbers` for each parameter that is a
+            matrix and None for all others, or a function that maps the parameters to one. Axes that are neither inputs
+            nor outputs enumerate matrices. If None, every leaf with two axes is a matrix, including embeddings.
 
     Raises:
-        ValueError, TypeError: from `init` and `update`, if `matrices` does not fit the parameters; the error names the
-            path.
+        ValueError, TypeError: from `init` and `update`, if `matrices` does not match the parameters; the error names
+            the path.
 
     Examples:
         >>> from sophia_levanter.optim import AdamW
@@ -129,7 +128,7 @@ class Hyperball(_NormControl):
         rate = value_at("learning_rate", self.learning_rate, state.count)
         factors = [1.0] * len(state.radii)
         if isinstance(self.optimizer, ParameterGroups):
-            # Groups scale the optimizer's steps, whose length has no effect here; scale the angle instead.
+            # Groups scale the optimizer's steps, but their length has no effect here, so scale the angle instead.
             factors = jax.tree.leaves(self.optimizer.learning_rate_factors(params))
         steps, structure = jax.tree.flatten(updates)
         views = matrix_views(self.matrices, params)
@@ -142,23 +141,23 @@ class Hyperball(_NormControl):
 
 
 def _norms(x: Array, sides: Sequence[int]) -> Array:
-    """The Frobenius norm of each matrix, with size 1 along its sides."""
+    """Return the Frobenius norm of each matrix, keeping its axes with size 1."""
     return jnp.sqrt(jnp.sum(jnp.square(upcast(x)), axis=tuple(sides), keepdims=True))
 
 
 def _on_sphere(p: Array, step: Array, sides: Sequence[int], radius: Array, angle: Scalar) -> Array:
-    """The step in the direction of `step` that stays on the sphere; see `Hyperball`."""
+    """Return the step in the direction of `step` that preserves the norm; see `Hyperball`."""
     wide, size = upcast(p), _norms(step, sides)
     moved = wide + angle * radius * upcast(step) / jnp.where(size > 0, size, 1)
     length = _norms(moved, sides)
     rotated = radius * moved / jnp.where(length > 0, length, 1) - wide
-    # The optimizer's step is zero where the gradient is not finite.
+    # The optimizer's step is zero if the gradient is not finite.
     rotated = jnp.where(size > 0, rotated, 0)
     return jnp.where(radius > 0, rotated, upcast(step)).astype(step.dtype)
 
 
 def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> Callable[[PyTree], PyTree]:
-    """Weight decay outside `Hyperball`'s matrices, for the wrapped optimizer's `weight_decay_mask`.
+    """Return a `weight_decay_mask` for the wrapped optimizer that excludes the matrices of `Hyperball`.
 
     Args:
         matrices: as for `Hyperball`.
@@ -179,7 +178,7 @@ def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> 
 
 
 class CautiousWeightDecay(_NormControl):
-    """An optimizer with weight decay only in the coordinates that its step does not move away from zero.
+    """Wrapper that applies weight decay only to coordinates that the step does not move away from zero.
 
         theta <- theta - lr (u + wd [u theta >= 0] theta)
 
@@ -187,9 +186,9 @@ class CautiousWeightDecay(_NormControl):
     elsewhere (Chen et al. 2025, arXiv 2510.12402, Algorithm 1). The optimizer itself must have `weight_decay=0.0`.
 
     Args:
-        optimizer: an optimizer that follows the `Optimizer` protocol.
-        weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
+        optimizer: an optimizer that implements the `Optimizer` protocol.
+        weight_decay: decoupled weight decay (a number or a function of the update count), scaled by the learning rate.
+        weight_decay_mask: as for `AdamW`.
 
     Raises:
         TypeError, ValueError: if `weight_decay` is neither a number nor a function, or is negative.
@@ -216,13 +215,13 @@ class CautiousWeightDecay(_NormControl):
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
         decay = value_at("learning_rate", self.learning_rate, state.count)
         decay *= value_at("weight_decay", self.weight_decay, state.count)
-        # If the gradient is not finite, the optimizer's step is zero; then nothing decays.
+        # If the gradient is not finite, the optimizer's step is zero, and no weight decay is applied.
         moved = jnp.any(jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)]))
 
         def step(u: Array, p: Array, factor: bool | float) -> Array:
             if not factor:
                 return u
-            # Compare signs, since the product of two small numbers may underflow to 0.
+            # Compare signs, because the product of two small numbers may underflow to 0.
             decays = moved & (jnp.sign(u) * jnp.sign(p) <= 0)
             return jnp.where(decays, u - decay * factor * p, u).astype(u.dtype)
 

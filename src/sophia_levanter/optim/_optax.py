@@ -1,4 +1,4 @@
-"""Sophia as an optax transformation, and optax transformations before and after an optimizer's update."""
+"""Sophia as an optax transformation, and optax transformations applied before and after an optimizer's update."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sophia_levanter.optim._trees import all_finite, select, trainable
 if TYPE_CHECKING:
     from sophia_levanter.optim._sophia import AbstractSophia
 
-# As in the authors' code: a step is scaled up by at most 1000, however few coordinates agree.
+# As in the authors' code, scale up a step by at most 1000, even if very few coordinates agree.
 SMALLEST_SHARE = 1e-3
 
 
 def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The coordinates of a step that point down the gradient, scaled up to make up for the others.
+    """Keep the coordinates of a step that descend the gradient, and scale them up to compensate for the others.
 
-    u <- u [u g > 0] / max(mean [u g > 0], 1e-3), where the mean is over the array; u is subtracted from the parameters
-    (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags where the gradient changes sign.
+    u <- u [u g > 0] / max(mean [u g > 0], 1e-3), where the mean is over the array and u is subtracted from the
+    parameters (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags behind if a gradient changes sign.
     """
     agrees = step * grad > 0
     return jnp.where(agrees, step / jnp.maximum(jnp.mean(agrees), SMALLEST_SHARE), 0).astype(step.dtype)
 
 
 def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keep only the agreeing part of the steps of an optax transformation, such as `optax.scale_by_adam()`."""
+    """Apply `agreeing` to the steps of an optax transformation, such as `optax.scale_by_adam()`."""
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         steps, state = inner.update(grads, state, params)
@@ -42,7 +42,7 @@ def cautious(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def check_gradient_transform(value: Any) -> None:
-    """Raise a TypeError if the value is neither None nor an optax transformation."""
+    """Raise a TypeError unless the value is None or an optax transformation."""
     missing = not (hasattr(value, "init") and hasattr(value, "update")) or isinstance(value, type)
     # This package's optimizers have both methods, but would reverse the step.
     if value is not None and (missing or hasattr(value, "refresh_due")):
@@ -53,7 +53,7 @@ def check_gradient_transform(value: Any) -> None:
 
 
 def init_transform(transform: optax.GradientTransformation | None, params: PyTree) -> PyTree | None:
-    """The transformation's initial state; None without a transformation."""
+    """Return the initial state of the transformation, or None without a transformation."""
     return None if transform is None else transform.init(params)
 
 
@@ -64,7 +64,7 @@ def transform_gradient(
     params: PyTree,
     finite: Bool[Array, ""],
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-    """The transformed gradient, the transformation's next state, and whether the transformed gradient is finite.
+    """Return the transformed gradient, the next state of the transformation, and whether that gradient is finite.
 
     The state does not change if the gradient is not finite.
     """
@@ -77,19 +77,19 @@ def transform_gradient(
 
 
 def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs:
-    """Sophia as an optax transformation.
+    """Return Sophia as an optax transformation.
 
-    Its `update(grads, state, params, h_hat=None)` takes an estimate on the steps where one is due. Under
-    `optax.multi_transform`, every group takes its part of the whole `h_hat`. Under `optax.MultiSteps`, only the
-    estimate given with the last micro-step counts, and `should_skip_update_fn=optax.skip_not_finite` is needed: without
-    it, one nan gradient makes every later update zero.
+    Pass an estimate to `update(grads, state, params, h_hat=None)` in steps where one is due. In
+    `optax.multi_transform`, each group uses its part of the full `h_hat`. In `optax.MultiSteps`, only the estimate
+    passed with the last micro-step is used, and `should_skip_update_fn=optax.skip_not_finite` is required: without it,
+    one nan gradient makes all later updates zero.
 
-    Without any estimate, Sophia is sign descent. An untraced `update` warns once if it has received no estimate by the
-    time a second refresh is due.
+    Without estimates, Sophia reduces to sign descent. If `update` is not traced, it warns once if it has received no
+    estimate by the time a second refresh is due.
     """
 
     first_refresh = next(filter(optimizer.refresh_due, itertools.count()))
-    settled = False  # whether an estimate was given, or the user was warned
+    settled = False  # whether an estimate was passed or the user was warned
 
     def warn_without_estimate(state: Any) -> None:
         nonlocal settled
@@ -131,7 +131,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
 
 
 def _masked_like(grads: PyTree, h_hat: PyTree) -> PyTree:
-    """The estimate without the leaves that optax masked in the gradient."""
+    """Mask the leaves of the estimate that optax masked in the gradient."""
     if not any(_is_masked(leaf) for leaf in jax.tree.leaves(grads, is_leaf=_is_masked)):
         return h_hat
     try:

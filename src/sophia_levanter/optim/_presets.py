@@ -37,8 +37,8 @@ class SophiaG(AbstractSophia):
     """Sophia with the Gauss-Newton-Bartlett estimator; h is never negative. See `AbstractSophia` for the arguments.
 
     `estimate(outputs_fn, model, key=key)` takes a function that returns the model's outputs, such as logits, and
-    returns B * g^2 for B targets drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2). The estimator
-    is a `GaussNewtonBartlett`, which sets the likelihood (by default categorical) and how microbatches are combined.
+    returns B * g^2 for B targets drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2). The
+    `GaussNewtonBartlett` estimator specifies the likelihood (categorical by default) and how to combine microbatches.
 
     Examples:
         >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
@@ -55,26 +55,26 @@ class SophiaG(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """The paper's settings: no bias correction, gradients averaged before squaring, gradients clipped to norm 1."""
+        """Use the paper's settings: no bias correction, averaging gradients before squaring, clipping to norm 1."""
         estimator = GaussNewtonBartlett(reduction="average_then_square")
         return _reproduced(0.05, _PAPER | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
 
     @staticmethod
     def authors(**overrides: Any) -> ReproducedSophia:
-        """The settings of the authors' code: rho h + eps, h refreshed after steps 9, 19, ..., both gradients clipped.
+        """Use the settings of the authors' code: rho h + eps, refreshes after steps 9, 19, ..., both gradients clipped.
 
-        The update equals theirs up to rounding if the estimate given after step 9 is computed on a separate batch, at
-        the parameters after that step.
+        The update matches theirs up to rounding if the estimate passed after step 9 is computed on a separate batch
+        with the parameters after that step.
         """
         estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
         return _reproduced(0.05, _AUTHORS | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
 
 
 class SophiaH(AbstractSophia):
-    """Sophia with Hutchinson's estimator; where h is negative, the step is a sign step. See `AbstractSophia`.
+    """Sophia with Hutchinson's estimator; where h is negative, the step is the sign of m. See `AbstractSophia`.
 
     `estimate(loss_fn, model, key=key)` takes a function that returns the scalar mean loss, and returns u * (H u) (arXiv
-    2305.14342, Algorithm 1). The estimator is a `Hutchinson`, which sets the kind and number of probes.
+    2305.14342, Algorithm 1). The estimator is a `Hutchinson`, which specifies the type and number of probes.
 
     Examples:
         >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
@@ -88,37 +88,37 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """The paper's settings: no bias correction, Gaussian probes, gradients clipped to norm 1."""
+        """Use the paper's settings: no bias correction, Gaussian probes, gradients clipped to norm 1."""
         return _reproduced(
             0.01, _PAPER | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
         )
 
     @staticmethod
     def authors(**overrides: Any) -> ReproducedSophia:
-        """The authors' update with Hutchinson's estimator, for comparison; the authors' code has no Sophia-H.
+        """Combine the authors' update with Hutchinson's estimator. The authors' code does not include Sophia-H.
 
-        Their denominator rho h + eps reverses the step where h is negative.
+        The denominator rho h + eps reverses the step where h is negative.
         """
         given = _AUTHORS | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
         return _reproduced(0.01, {"allow_reversed": True} | given)
 
     @staticmethod
     def optax(**overrides: Any) -> ReproducedSophia:
-        """As in `optax.contrib.sophia` (0.2.8): m corrected, h used before it is refreshed, eps 1e-8, decay 1e-4."""
+        """Match `optax.contrib.sophia` (0.2.8): m corrected, h used before each refresh, eps 1e-8, decay 1e-4."""
         settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "estimator": Hutchinson()}
         return _reproduced(0.01, settings | late | overrides)
 
     @staticmethod
     def levanter(**overrides: Any) -> ReproducedSophia:
-        """As intended for Levanter's `sophia-h` (commit 0251ebf): m corrected, h refreshed after steps 9, 19, ...."""
+        """Match the intended `sophia-h` of Levanter (commit 0251ebf): m corrected, refreshes after steps 9, 19, ...."""
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
 
 
 class Choices(NamedTuple):
-    """Choices that other implementations make; see `ReproducedSophia`."""
+    """Settings that differ between implementations; see `ReproducedSophia`."""
 
     denominator: str
     refresh_order: str
@@ -126,13 +126,13 @@ class Choices(NamedTuple):
 
 
 class ReproducedSophia(AbstractSophia):
-    """Sophia with choices that other implementations make; the remaining arguments are `AbstractSophia`'s.
+    """Sophia with settings that reproduce other implementations. All other arguments are those of `AbstractSophia`.
 
     Args:
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which reverses the step where rho h < -eps.
-        refresh_order: whether an estimate given to `update` enters h `before` that update or `after` it.
+        refresh_order: whether h is refreshed `before` or `after` the update if an estimate is passed to `update`.
         first_refresh: the first step at which a refresh is due.
-        allow_reversed: whether `add` may be combined with an estimator whose `signed` is True.
+        allow_reversed: whether `add` may be combined with an estimator for which `signed` is True.
 
     Raises:
         ValueError: if `denominator` is `add` and the estimates may be negative, unless `allow_reversed` is True.
@@ -163,7 +163,7 @@ class ReproducedSophia(AbstractSophia):
         self.choices = Choices(denominator, refresh_order, first_refresh)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator of the step, computed from rho h."""
+        """Return the denominator of the step, given rho h."""
         return scaled + self.eps if self.choices.denominator == "add" else super().denominator(scaled)
 
     def _step(
@@ -176,7 +176,7 @@ class ReproducedSophia(AbstractSophia):
         return updates, state
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate is due at this step, judging by its number alone; decided on the host."""
+        """Return whether an estimate is due, based only on the step number; evaluated on the host."""
         return super().refresh_due(step - self.choices.first_refresh)
 
 
@@ -199,11 +199,11 @@ def sophia_g(
     bias_correct_momentum: bool = True,
     bias_correct_curvature: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sophia as an optax transformation, built from its hyper-parameters as `optax.inject_hyperparams` requires.
+    """Return Sophia as an optax transformation; its hyper-parameters are arguments, for `optax.inject_hyperparams`.
 
-    The arguments are `AbstractSophia`'s; Sophia-H differs only in rho (0.01) and in its estimates. A separate `SophiaG`
-    holds `interval` and the estimator, which decide when and how to estimate. If `weight_decay_mask` is a function,
-    list it in `inject_hyperparams(..., static_args="weight_decay_mask")`; otherwise it is mistaken for a schedule.
+    The arguments are those of `AbstractSophia`. Sophia-H differs only in rho (0.01) and in its estimates. Use a
+    separate `SophiaG` to decide when and how to estimate. If `weight_decay_mask` is a function, list it in
+    `inject_hyperparams(..., static_args="weight_decay_mask")`; otherwise it is mistaken for a schedule.
 
     Examples:
         >>> state = optax.inject_hyperparams(sophia_g)(learning_rate=0.25).init({"w": jnp.ones(2)})

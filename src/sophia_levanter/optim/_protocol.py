@@ -1,4 +1,4 @@
-"""The optimizer and curvature-estimator interfaces that a training loop uses."""
+"""The optimizer and curvature-estimator interfaces used by training loops."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ State = TypeVar("State")
 
 
 class Estimator(Protocol):
-    """An estimator of the curvature's diagonal that a training loop can use.
+    """An estimator of the diagonal of the curvature, for use in training loops.
 
     Attributes:
         gradients: the cost of an estimate on its part of the batch, in gradients (a forward and a backward pass each).
-        forward_mode: whether the loss needs a forward derivative.
+        forward_mode: whether the loss must have a forward-mode derivative.
     """
 
     @property
@@ -30,23 +30,23 @@ class Estimator(Protocol):
     def forward_mode(self) -> bool: ...
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """The step's gradient over the whole batch, and an estimate over the curvature's part of it."""
+        """Return the gradient over the batch, and an estimate over the microbatches in `step.first`."""
         ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """The number of projections into a basis, or back, that an estimate makes."""
+        """Return the number of projections into and out of a basis for one estimate."""
         ...
 
 
 class MatrixWork(NamedTuple):
-    """An optimizer's work on whole matrices.
+    """Whole-matrix operations performed by an optimizer.
 
     Attributes:
-        changes: changes of basis in every step.
-        turn_changes: additional changes of basis in a step that updates the basis.
-        turns_at: whether a step updates the basis, given its number.
-        max_size: sides of a matrix that are larger than this are not rotated.
-        newton_schulz: Newton-Schulz iterations in every step.
+        changes: number of basis changes in every step.
+        turn_changes: number of additional basis changes in a step that updates the basis.
+        turns_at: a function that returns whether the step with a given number updates the basis.
+        max_size: matrix sides larger than this are not rotated.
+        newton_schulz: number of Newton-Schulz iterations in every step.
     """
 
     changes: int = 0
@@ -57,24 +57,24 @@ class MatrixWork(NamedTuple):
 
 
 class Optimizer(Protocol[State]):
-    """An optimizer for any pytree, in optax's convention, that decides on the host when to refresh the curvature."""
+    """An optimizer for any pytree. It follows optax conventions and schedules curvature refreshes on the host."""
 
     @property
     def learning_rate(self) -> ScalarOrSchedule:
-        """A number or a function of the update count."""
+        """The learning rate, as a number or a function of the update count."""
         ...
 
     @property
     def estimator(self) -> Any:
-        """The estimator of the curvature; None for an optimizer without curvature."""
+        """The curvature estimator, or None if the optimizer does not use curvature."""
         ...
 
     def init(self, model: PyTree) -> State:
-        """The state before the first step."""
+        """Return the state before the first step."""
         ...
 
     def estimator_at(self, state: State) -> Any:
-        """The estimator in the basis of a state."""
+        """Return the estimator in the basis of a state."""
         ...
 
     def update(
@@ -86,37 +86,37 @@ class Optimizer(Protocol[State]):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, State]:
-        """The step to add to the model (`eqx.apply_updates`), and the next state.
+        """Return the step to add to the model (`eqx.apply_updates`) and the next state.
 
-        If the gradient is not finite, the step is zero and only the counts in the state change. `finite` is whether it
-        is finite; if None, it is checked. `h_hat` is a new estimate of the curvature, if one was due.
+        If the gradient is not finite, the step is zero and only the counts in the state change. `finite` states whether
+        it is finite; if None, this is checked. `h_hat` is a new curvature estimate, if one was due.
         """
         ...
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate of the curvature is due at this step; decided on the host."""
+        """Return whether a curvature estimate is due at this step; evaluated on the host."""
         ...
 
     def metrics(self, state: State, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
-        """Scalars worth logging; `num_targets` is the number of targets in a batch."""
+        """Return scalars to log; `num_targets` is the number of targets in a batch."""
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The optimizer's work on whole matrices, for the FLOP count.
+        """Return the whole-matrix operations of the optimizer, for counting FLOPs.
 
         Args:
-            num_microbatches: the number of microbatches that the curvature is estimated on.
+            num_microbatches: the number of microbatches used to estimate the curvature.
         """
         ...
 
 
 class OptimizerWrapper(eqx.Module):
-    """A base class that forwards to the wrapped optimizer. `learning_rate` excludes the wrapper's factors."""
+    """Base class that forwards to a wrapped optimizer. `learning_rate` excludes the factors of the wrapper."""
 
     optimizer: eqx.AbstractVar[Any]
 
     def _inner(self, state: Any) -> Any:
-        """The wrapped optimizer's state, given the wrapper's."""
+        """Return the state of the wrapped optimizer, given the state of the wrapper."""
         return state
 
     @property
@@ -137,7 +137,7 @@ class OptimizerWrapper(eqx.Module):
         return self.optimizer.metrics(self._inner(state), num_targets)
 
     def unclipped(self, state: Any) -> PyTree[Bool[Array, "..."]] | None:
-        """The wrapped optimizer's unclipped coordinates; None for an optimizer that does not clip coordinates."""
+        """Return the unclipped coordinates of the wrapped optimizer, or None if it does not clip coordinates."""
         found = getattr(self.optimizer, "unclipped", None)
         return None if found is None else found(self._inner(state))
 

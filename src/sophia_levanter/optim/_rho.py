@@ -1,4 +1,4 @@
-"""The rule for rho, the scale of the curvature: a number, a schedule, or feedback from the win rate."""
+"""Rules for rho, the scale of the curvature: a number, a schedule, or feedback from the win rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
 
 
 class ScheduledRho(eqx.Module):
-    """A rule in which rho is a number above 0, or a function of the update count.
+    """Rule that sets rho to a number above 0 or a function of the update count.
 
     Raises:
         TypeError, ValueError: if `value` has the wrong type or is not above 0.
@@ -25,31 +25,31 @@ class ScheduledRho(eqx.Module):
         check_number("rho", self.value, low=0, low_open=True, schedule=True)
 
     def start(self) -> None:
-        """This rule keeps no state."""
+        """Return None, because this rule has no state."""
 
     def at(self, rho: None, count: Any) -> Any:
-        """The rho of the update that follows `count` updates."""
+        """Return rho for the update that follows `count` updates."""
         return value_at("rho", self.value, count)
 
     def next(self, rho: None, win_rate: Float[Array, ""]) -> None:
-        """This rule keeps no state."""
+        """Return None, because this rule has no state."""
 
 
 class WinRateController(eqx.Module):
-    """Multiplicative feedback: rho <- rho * exp(gain * (target - win rate)), at each refresh of the curvature.
+    """Rule that adjusts rho by feedback at each refresh: rho <- rho * exp(gain * (target - win rate)).
 
     The win rate is the fraction of unclipped coordinates, those with |m| < rho h, so a larger rho raises it. The
     paper's authors tune rho by hand until the win rate lies between 0.1 and 0.5 (README of their code). Here the win
     rate is measured with the current momentum and the refreshed curvature. The bounds set by `span` keep rho from
-    running away if the target cannot be reached, for example when h = 0 almost everywhere.
+    diverging if the target cannot be reached, for example when h = 0 almost everywhere.
 
     Args:
         target: the desired win rate, in (0, 1).
         initial: rho before the first measurement, above 0.
-        gain: how fast log(rho) responds, above 0. With a gain of 2, a win rate that is 0.1 too low makes rho 1.22 times
-            as large, and each refresh closes about 40 % of the gap on GPT-2 nano; with a gain of 0.5, rho lagged behind
+        gain: how fast log(rho) responds, above 0. With a gain of 2, a win rate that is 0.1 too low multiplies rho by
+            1.22, and each refresh closes about 40% of the gap on GPT-2 nano; with a gain of 0.5, rho lagged behind
             (win rate 0.24 instead of 0.3).
-        span: rho stays between initial / span and initial * span; above 1.
+        span: rho is kept between initial / span and initial * span; above 1.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -72,21 +72,21 @@ class WinRateController(eqx.Module):
         check_number("span", self.span, low=1, low_open=True)
 
     def start(self) -> Float[Array, ""]:
-        """rho before the first measurement."""
+        """Return rho before the first measurement."""
         return jnp.asarray(self.initial, jnp.float32)
 
     def at(self, rho: Float[Array, ""], count: Any) -> Float[Array, ""]:
-        """The rho of the next update, which is the state itself."""
+        """Return rho for the next update, which is the state itself."""
         return rho
 
     def next(self, rho: Float[Array, ""], win_rate: Any) -> Float[Array, ""]:
-        """rho after a measurement."""
+        """Return rho after a measurement of the win rate."""
         followed = rho * jnp.exp(self.gain * (self.target - win_rate))
         return jnp.clip(followed, self.initial / self.span, self.initial * self.span).astype(rho.dtype)
 
 
 def rho_rule(rho: Any, initial: float) -> ScheduledRho | WinRateController:
-    """The rule for a value of `rho`; "auto" returns a controller that starts at `initial`."""
+    """Return the rule for a value of `rho`. For "auto", this is a controller that starts at `initial`."""
     if isinstance(rho, WinRateController | ScheduledRho):
         return rho
     if isinstance(rho, str):

@@ -1,4 +1,4 @@
-"""SOAP: AdamW in the eigenvectors of the gradients' second moments (Vyas et al. 2024, arXiv 2409.11321)."""
+"""SOAP: AdamW in the eigenbasis of the second moments of gradients (Vyas et al. 2024, arXiv 2409.11321)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sophia_levanter.optim._trees import WeightDecayMask
 
 
 class SoapState(NamedTuple):
-    """The state of `scale_by_soap`.
+    """State of `scale_by_soap`.
 
     Attributes:
         count: int32 scalar, the number of updates so far.
-        mu: first moment, structured like the parameters, in their own coordinates.
+        mu: first moment, structured like the parameters, in the original coordinates.
         nu: second moment, with the same shapes, in the basis.
         basis: the state of the basis.
     """
 
-    count: Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, as in optax
     mu: PyTree
     nu: PyTree
     basis: BasisState
@@ -41,26 +41,27 @@ class Soap(OptaxOptimizer):
         m  <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) (Q_L^T g Q_R)^2
         theta <- theta - lr wd theta - lr Q_L [Q_L^T m' Q_R / (sqrt(v') + eps)] Q_R^T         m', v': bias-corrected
 
-    This is Adam's second moment in Sophia's `KroneckerBasis`: the two optimizers differ in their denominators. There
-    are three differences from the authors' code. The basis starts at the identity and is iterated in each of the first
-    `interval` steps, while theirs decomposes the first gradient and takes no step. L, R and the basis are updated
-    before the step, not after it. And v is rotated with the basis.
+    SOAP uses Adam's second moment in Sophia's `KroneckerBasis`, so the two optimizers differ in their denominators.
+    There are three differences from the authors' code. First, the basis starts at the identity and is iterated in each
+    of the first `interval` steps; their code instead uses the first step only to decompose the gradient. Second, L, R
+    and the basis are updated before the step, not after it. Third, v is rotated with the basis.
 
     Args:
         learning_rate: a number or a function of the update count.
-        b1: decay of the first moment, in [0, 1).
-        b2: decay of the second moment v, in [0, 1).
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, multiplied by the learning rate.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
-        interval: updates between two rotations of the basis, at least 1.
-        basis: the basis, with the decay of L and R.
-        momentum_dtype: dtype of the first moment; None for the parameters' dtypes.
-        gradient_transform: an optax transformation that is applied to the gradient first, or None.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment v, in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
+            None, weight decay applies to all leaves.
+        interval: number of updates between rotations of the basis, at least 1.
+        basis: the basis, which also specifies the decay rate of L and R.
+        momentum_dtype: dtype of the first moment; None uses the parameter dtypes.
+        gradient_transform: an optax transformation applied to the gradient first, or None.
 
     Raises:
-        TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if the basis's
-            matrices do not fit the parameters.
+        TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if
+            `basis.matrices` does not match the parameters.
 
     Examples:
         >>> optimizer, params = Soap(basis=KroneckerBasis(b2=0.95, max_size=512)), {"w": jnp.ones((2, 3))}
@@ -93,20 +94,20 @@ class Soap(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The basis's work on whole matrices, for the FLOP count."""
-        # Each step projects the gradient and the first moment, projects the step back, and updates both sides' moments.
-        # A rotation of the basis also rotates v.
+        """Return the whole-matrix operations of the basis, for counting FLOPs."""
+        # Each step projects the gradient and the first moment, projects the step back, and updates the moments of both
+        # sides. A rotation of the basis also rotates v.
         return MatrixWork(4, 1, lambda step: bool(rotation_due(step, self.interval)), self.basis.max_size)
 
 
 def scale_by_soap(
     basis: KroneckerBasis, b1: Scalar, b2: Scalar, eps: Scalar, interval: int, momentum_dtype: Any = None
 ) -> optax.GradientTransformation:
-    """Adam's direction in a basis that rotates every `interval` steps; the arguments are those of `Soap`."""
+    """Compute Adam's direction in a basis rotated every `interval` steps. The arguments are those of `Soap`."""
 
     def init(params: PyTree) -> SoapState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -117,7 +118,7 @@ def scale_by_soap(
         count = optax.safe_increment(state.count)
         new_basis, nu = jax.lax.cond(
             rotation_due(state.count, interval),
-            lambda new_basis, nu: basis.rotated(new_basis, nu),  # JAX hashes branches, and a tree is not hashable
+            lambda new_basis, nu: basis.rotated(new_basis, nu),  # JAX hashes branches, and a pytree is not hashable
             lambda new_basis, nu: (new_basis, nu),
             basis.update_moments(state.basis, grads),
             state.nu,
@@ -137,5 +138,5 @@ def scale_by_soap(
 
 
 def rotation_due(step: Scalar, interval: int) -> Scalar:
-    """Whether the basis is rotated at this step."""
+    """Return whether the basis is rotated at this step."""
     return (step < interval) | (step % interval == 0)

@@ -1,4 +1,4 @@
-"""Sophia: momentum over a diagonal curvature, clipped in each coordinate (arXiv 2305.14342, Algorithm 3)."""
+"""Sophia: momentum divided by a diagonal curvature, clipped in each coordinate (arXiv 2305.14342, Algorithm 3)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,32 +48,33 @@ from sophia_levanter.optim._trees import (
 
 
 class AbstractSophia(eqx.Module):
-    """Algorithm 3 with any estimator. `Sophia`, `SophiaG` and `SophiaH` differ only in their defaults.
+    """Sophia (Algorithm 3) with any estimator. `Sophia`, `SophiaG` and `SophiaH` differ only in their defaults.
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
         theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)
 
     If the gradient is not finite, the update is zero and m and h do not change. If an estimate is not finite, h does
-    not change and `state.refresh_pending` asks for a new one. The state counts both cases; neither raises an error.
+    not change and `state.refresh_pending` requests a new one. The state counts both cases; neither raises an error.
 
     Args:
         learning_rate: a number or a function of the update count.
-        b1: decay of m, in [0, 1).
-        b2: decay of h per refresh, in [0, 1).
-        rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for one
-            with default arguments. The paper calls it gamma. The default is 0.05, or 0.01 for `SophiaH`.
-        eps: floor of rho h, above 0. Where h is negative or tiny, the step is the sign of m.
-        weight_decay: decoupled decay, multiplied by the learning rate; a number or a function of the update count.
-        interval: updates between two refreshes, at least 1.
-        weight_decay_mask: a tree or prefix of bools, or a function from parameters to one; if None, every leaf decays.
-        estimator: (function of the model, model, microbatches, key=...) -> h_hat; `estimate` calls it.
-        basis: a `KroneckerBasis` in which the matrices' h is diagonal and their steps are clipped; None for the
-            parameters' own coordinates. Every refresh updates the basis with the momentum.
-        gradient_transform: an optax transformation that is applied to the gradient first, such as
+        b1: decay rate of m, in [0, 1).
+        b2: decay rate of h per refresh, in [0, 1).
+        rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for a
+            controller with default arguments. The paper calls it gamma. The default is 0.05, or 0.01 for `SophiaH`.
+        eps: lower bound on rho h, above 0. Where h is negative or tiny, the step is the sign of m.
+        weight_decay: decoupled weight decay (a number or a function of the update count), scaled by the learning rate.
+        interval: number of updates between refreshes, at least 1.
+        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
+            None, weight decay applies to all leaves.
+        estimator: called by `estimate` as estimator(function, model, microbatches, key=key) -> h_hat.
+        basis: a `KroneckerBasis` in which h is diagonal and steps are clipped for matrices; None for the original
+            coordinates. Every refresh updates the basis with the momentum.
+        gradient_transform: an optax transformation applied to the gradient first, such as
             `optax.clip_by_global_norm(1.0)`, or None.
-        cautious: whether to zero the coordinates whose step points up this batch's gradient and to scale up the others
-            to make up for them, by a factor of at most 1000 and possibly beyond the clip (arXiv 2411.16085).
+        cautious: whether to zero the coordinates in which the step ascends the current gradient, and to scale up the
+            others by a factor of at most 1000, possibly beyond the clipping bound (arXiv 2411.16085).
         initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
             `Momentum` and `Curvature`.
 
@@ -136,14 +137,14 @@ class AbstractSophia(eqx.Module):
 
     @property
     def basis(self) -> KroneckerBasis | None:
-        """The basis in which h is diagonal; None for the parameters' own coordinates."""
+        """The basis in which h is diagonal; None for the original coordinates of the parameters."""
         return self.curvature.basis
 
     def init(self, model: PyTree) -> SophiaState:
-        """The state before the first step: m = 0 and h = 0.
+        """Return the state before the first step: m = 0 and h = 0.
 
         Raises:
-            ValueError: if the model has no floating-point leaf, or a basis is given but no leaf is a matrix.
+            ValueError: if the model has no floating-point leaf, or if a basis is given but no leaf is a matrix.
             TypeError: if a leaf is complex; the error names its path.
         """
         check_parameters(model)
@@ -156,8 +157,8 @@ class AbstractSophia(eqx.Module):
         return state
 
     def _init_params(self, params: PyTree) -> SophiaState:
-        """The same, for parameters that may be empty, such as a group in `optax.multi_transform`."""
-        # One array for each count, so that a state can be donated.
+        """Return the initial state for parameters that may be empty, such as a group in `optax.multi_transform`."""
+        # Use a separate array for each count, so that a state can be donated.
         counts = {name: jnp.zeros((), jnp.int32) for name in COUNTS}
         return SophiaState(
             **counts,
@@ -179,17 +180,17 @@ class AbstractSophia(eqx.Module):
         weights: Any = None,
         state: SophiaState | None = None,
     ) -> PyTree:
-        """The estimator's estimate of the curvature's diagonal, structured like the model's trainable part.
+        """Estimate the diagonal of the curvature. The result is structured like the trainable part of the model.
 
         Args:
-            function: a function of the model, or of the model and a microbatch. For `SophiaG` it returns the outputs
-                (logits [..., classes] for the categorical likelihood); for `SophiaH` it returns the scalar mean loss.
+            function: a function of the model, or of the model and a microbatch. It returns the outputs for `SophiaG`
+                (logits [..., classes] for the categorical likelihood), and the scalar mean loss for `SophiaH`.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...] to process one at a time; None for a single pass.
             key: a JAX random key for the sampled targets, or the probe.
-            weights: for `SophiaG`, the weight of each target in the mean loss, where 0 leaves it out; for `SophiaH`,
+            weights: for `SophiaG`, the weight of each target in the mean loss (0 excludes the target); for `SophiaH`,
                 the weight of each microbatch.
-            state: the state that the estimate is for; needed only with a `basis`.
+            state: the optimizer state to compute the estimate for; required only with a `basis`.
 
         Raises:
             ValueError, TypeError: as raised by the estimator and by `estimator_at`.
@@ -201,11 +202,11 @@ class AbstractSophia(eqx.Module):
         return self.estimator_at(state)(function, model, microbatches, key=key, **given)
 
     def estimator_at(self, state: SophiaState | None) -> Any:
-        """The estimator of the diagonal in a state's basis, or `estimator` itself without a `basis`.
+        """Return an estimator of the diagonal in the basis of a state, or `estimator` itself without a `basis`.
 
         Raises:
             ValueError: if the optimizer has no estimator, or has a basis but no state is given.
-            TypeError: if the optimizer has a basis but its estimator has no field `coordinates`.
+            TypeError: if the optimizer has a basis but its estimator has no `coordinates` field.
         """
         if self.estimator is None:
             raise ValueError("estimator is not set; use SophiaG, SophiaH or Sophia(estimator=...)")
@@ -230,20 +231,20 @@ class AbstractSophia(eqx.Module):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, SophiaState]:
-        """One step from the gradient of the mean loss.
+        """Compute one step from the gradient of the mean loss.
 
         Args:
-            grads: the gradient, structured like the model's trainable part.
+            grads: the gradient, structured like the trainable part of the model.
             state: the state before the step.
             model: the model before the step.
             h_hat: an estimate that refreshes the curvature before the update.
             finite: whether the gradient is finite; if None, it is checked.
 
         Returns:
-            The step to add to the model (`eqx.apply_updates`), and the next state.
+            The step to add to the model (`eqx.apply_updates`) and the next state.
 
         Raises:
-            ValueError: if the gradient's tree does not match the model's; the error names the path.
+            ValueError: if `grads` and `model` differ in structure; the error names the path.
         """
         params = trainable(model)
         check_state(self, state)
@@ -259,53 +260,53 @@ class AbstractSophia(eqx.Module):
     def _step(
         self, grads: PyTree, h_hat: PyTree | None, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
     ) -> tuple[PyTree, SophiaState]:
-        """Refresh h if an estimate is given, then update."""
+        """Refresh h if an estimate is given, then compute the update."""
         if h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
         return updated(self, grads, state, params, finite)
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The denominator of the step, computed from rho h."""
+        """Return the denominator of the step, given rho h."""
         return jnp.maximum(scaled, self.eps)
 
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
-        """h <- b2 h + (1 - b2) h_hat.
+        """Refresh the curvature: h <- b2 h + (1 - b2) h_hat.
 
         Args:
             state: the state before the refresh.
-            h_hat: an estimate of the curvature's diagonal, structured like the model's trainable part.
+            h_hat: an estimate of the diagonal of the curvature, structured like the trainable part of the model.
             finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
-            ValueError: if the estimate's tree does not match the curvature's; the error names the path.
+            ValueError: if `h_hat` and `state.curvature` differ in structure; the error names the path.
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
         return refreshed(self, state, trainable(h_hat), check_flag("finite", True if finite is None else finite))
 
     def refresh_due(self, step: int) -> bool:
-        """Whether an estimate is due at this step, judging by its number alone; decided on the host.
+        """Return whether an estimate is due, based only on the step number; evaluated on the host.
 
-        An estimate is also due if `state.refresh_pending` is set. Reading it makes the host wait for the device, so
-        read it only after steps that had an estimate.
+        An estimate is also due if `state.refresh_pending` is True. Reading it makes the host wait for the device, so
+        read it only after steps with an estimate.
         """
         return (step >= 0) & ((step < self.curvature.initial_refreshes) | (step % self.curvature.interval == 0))
 
     def metrics(
         self, state: SophiaState, num_targets: float | Float[Array, ""] | None = None
     ) -> dict[str, Float[Array, ""]]:
-        """float32 scalars that describe a state after an update.
+        """Return float32 scalars that describe a state after an update.
 
         `win_rate` is the fraction of coordinates whose step is not clipped: h > 0 and |m| below the denominator, with m
         and h corrected as in the update. `curvature_nonpositive` is the fraction with h <= 0. The norms are global
-        2-norms of m and h as stored. `rho` is the last update's, or the controller's, which a refresh changes.
-        `skipped_updates` and `skipped_refreshes` are counts. `steps_since_refresh` above `interval` means that an
-        estimate was due but not given; without any estimate, Sophia is sign descent.
+        2-norms of the stored m and h. `rho` is the value used by the last update or, with a controller, its current
+        value, which a refresh changes. `skipped_updates` and `skipped_refreshes` are counts. If `steps_since_refresh`
+        exceeds `interval`, an estimate was due but not given; without estimates, Sophia reduces to sign descent.
 
         Args:
             state: a state after an update.
-            num_targets: B, the number of targets in a batch; if the estimator samples targets, it adds the metrics from
-                `gradient_noise`.
+            num_targets: B, the number of targets in a batch. If it is given and the estimator samples targets, the
+                metrics of `gradient_noise` are included.
         """
         found = state_metrics(state) | {"win_rate": win_rate(self, state), "rho": last_rho(self, state)}
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
@@ -313,31 +314,31 @@ class AbstractSophia(eqx.Module):
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     def unclipped(self, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-        """The coordinates that `win_rate` counts, for a state after an update.
+        """Return a mask of the coordinates counted by `win_rate`, for a state after an update.
 
-        The tree is structured like the model's trainable part.
+        The mask is structured like the trainable part of the model.
         """
         return unclipped(self, state)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """The exponent of the width in the learning rate of a matrix."""
+        """Return the power of the width with which a matrix's learning rate scales."""
         return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """The basis's work on whole matrices, for the FLOP count."""
+        """Return the whole-matrix operations of the basis, for counting FLOPs."""
         if self.basis is None:
             return MatrixWork()
-        # The momentum is projected and the step projected back, and cautious steps project the gradient. A refresh
-        # projects the estimate, updates both sides' moments, and rotates h.
+        # A step projects the momentum, projects the result back and, if cautious, projects the gradient. A refresh
+        # projects the estimate, updates the moments of both sides, and rotates h.
         changes = 3 if self.cautious else 2
         estimated = 0 if self.estimator is None else self.estimator.changes_of_basis(num_microbatches)
         return MatrixWork(changes, estimated + 2, self.refresh_due, self.basis.max_size)
 
     def as_optax(self) -> optax.GradientTransformationExtraArgs:
-        """Sophia as an optax transformation; `update` takes the estimate as the extra argument `h_hat`.
+        """Return Sophia as an optax transformation; `update` takes the estimate as an extra argument `h_hat`.
 
-        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and the like. Call `estimate`
-        outside, on the steps where `refresh_due` is true.
+        It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and similar wrappers. Call
+        `estimate` outside the transformation, in steps for which `refresh_due` is True.
         """
         return as_optax(self)
 
@@ -345,7 +346,7 @@ class AbstractSophia(eqx.Module):
 class Sophia(AbstractSophia):
     """Sophia with a custom estimator. See `AbstractSophia` for the arguments.
 
-    Set `signed = True` on an estimator whose estimates may be negative.
+    Set `signed = True` on an estimator if its estimates may be negative.
 
     Examples:
         >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)

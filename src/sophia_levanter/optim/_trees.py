@@ -1,4 +1,4 @@
-"""Operations on whole trees of parameters, and on Haliax's NamedArrays without importing haliax."""
+"""Operations on pytrees of parameters, and on Haliax NamedArrays without importing haliax."""
 
 from __future__ import annotations
 
@@ -15,56 +15,56 @@ WeightDecayMask: TypeAlias = PyTree[bool | float] | Callable[[PyTree], PyTree[bo
 
 
 def trainable(model: PyTree) -> PyTree:
-    """The model with every leaf that is not a floating-point array replaced by None."""
+    """Return the model with None in place of every leaf that is not a floating-point array."""
     return eqx.filter(model, eqx.is_inexact_array)
 
 
 def wide_dtype(x: Any) -> Any:
-    """The dtype of an array, at least float32."""
+    """Return the dtype of an array, promoted to at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def upcast(x: Array) -> Array:
-    """The array in at least float32: squares of small float16 numbers underflow, and averages in bfloat16 stall."""
+    """Cast to at least float32. Squares of small float16 numbers would underflow, and averages in bfloat16 stall."""
     return x.astype(wide_dtype(x))
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number of every array is finite."""
+    """Return whether all numbers in all arrays are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(trainable(tree)) if leaf.size]
     if not leaves:
         return jnp.asarray(True)
-    # The maximum propagates nan, and is several times faster on CPUs than a conjunction of bools.
+    # The maximum propagates nan and, on CPUs, is several times faster than a logical reduction of bools.
     return jnp.all(jnp.stack([jnp.isfinite(jnp.max(jnp.abs(leaf))) for leaf in leaves]))
 
 
 def select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """The arrays of `new` if the condition holds, otherwise those of `old`; other leaves are always those of `old`."""
+    """Select the arrays of `new` if the condition holds, otherwise those of `old`. Keep other leaves of `old`."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o) if eqx.is_array(n) else o, new, old)
 
 
 def total(tree: PyTree) -> Float[Array, ""]:
-    """The sum over all leaves, in at least float32."""
+    """Return the sum over all leaves, in float32 or wider."""
     return sum((jnp.sum(upcast(leaf)) for leaf in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """The global 2-norm, in at least float32."""
+    """Return the global 2-norm, in float32 or wider."""
     return jnp.sqrt(total(jax.tree.map(lambda x: jnp.square(upcast(x)), tree)))
 
 
 def num_coordinates(tree: PyTree) -> float:
-    """The number of coordinates, as a divisor: a float, because int32 may overflow, and at least 1."""
+    """Return the number of coordinates for use as a divisor: at least 1, and a float because int32 may overflow."""
     return float(max(1, sum(leaf.size for leaf in jax.tree.leaves(tree))))
 
 
 def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | float]:
-    """Whether weight decay applies, or a factor on it, for every leaf of params.
+    """Return, for every leaf of `params`, whether weight decay applies or the factor to multiply it by.
 
     Args:
-        mask: a tree of bools or factors, a prefix of one, or a function from parameters to one; None means True
-            everywhere.
-        params: the parameters; optax's masked nodes among them are left out, as `optax.multi_transform` requires.
+        mask: a pytree of bools or factors (or a prefix of one), or a function that maps the parameters to one. None
+            means True everywhere.
+        params: the parameters; nodes masked by optax are ignored, as required by `optax.multi_transform`.
 
     Raises:
         ValueError: if a parameter has no entry in the mask, or an entry has no parameter; the error names the path.
@@ -81,13 +81,12 @@ def _is_factor(x: Any) -> bool:
 
 
 def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:
-    """An entry for every leaf of params, given a tree of entries, a prefix of one, or a function from params to one.
+    """Return an entry for every leaf of `params`, given a tree of entries, a prefix of it, or a function returning it.
 
-    Raises a ValueError if a parameter has no entry or an entry has no parameter, and a TypeError if a leaf is not an
-    entry.
+    Raise a ValueError if entries and parameters do not correspond, or a TypeError if a leaf is not an entry.
     """
     leaves = jax.tree.leaves(spec, is_leaf=is_entry)
-    # A tree of entries may itself be callable: a tree with a model's structure is a module with __call__.
+    # A tree of entries may itself be callable: a tree structured like a model is a module with __call__.
     is_tree = bool(leaves) and all(map(is_entry, leaves))
     tree = spec(params) if callable(spec) and not is_tree else spec
     entries = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry))
@@ -104,7 +103,7 @@ def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any]
         return entries[prefix]
 
     fitted = jax.tree_util.tree_map_with_path(covering, params)
-    # Leaves that are not parameters, empty parts, and leaves that optax masked may have entries too.
+    # Leaves that are not parameters, empty subtrees, and leaves masked by optax may also have entries.
     parts = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
     others = [path for path, leaf in parts if not eqx.is_array(leaf)]
     for path, entry in entries.items():
@@ -123,15 +122,15 @@ def _path_name(path: tuple) -> str:
 
 
 def is_named(x: Any) -> bool:
-    """Whether x is an array with named axes."""
+    """Return whether `x` is an array with named axes."""
     return hasattr(x, "axes") and hasattr(x, "array") and hasattr(x, "resolve_axis")
 
 
 def plain(x: Any) -> Any:
-    """The array without axis names."""
+    """Return the array without axis names."""
     return x.array if is_named(x) else x
 
 
 def axis_names(x: Any) -> str:
-    """The axis names of a NamedArray, for an error message."""
+    """Return the axis names of a NamedArray, for an error message."""
     return ", ".join(axis.name for axis in x.axes)
