@@ -1,4 +1,4 @@
-"""Causal self-attention with named axes, with an implementation for each kind of device."""
+"""Causal self-attention with named axes, with implementations for different devices."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def causal_attention(
     dropout_key: jax.Array | None = None,
     document_starts: NamedArray | None = None,
 ) -> NamedArray:
-    """softmax(q k^T / sqrt(head_size)) v over each position and those before it; the softmax is in float32.
+    """Compute softmax(q k^T / sqrt(head_size)) v over each position and all earlier ones, with the softmax in float32.
 
     Args:
         query: [..., position, heads, head_size].
-        key, value: the same, or [..., position, kv_heads, head_size], where each head serves several query heads.
-        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` to choose by device and arrays.
-        dropout: rate at which attention weights are dropped.
+        key, value: the same, or [..., position, kv_heads, head_size] if several query heads share each of these heads.
+        implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` to choose one for the device and arrays.
+        dropout: dropout rate of the attention weights.
         dropout_key: a JAX random key; None for no dropout.
-        document_starts: int32 [..., position], where each position's document begins; positions before it are masked.
-            If None, no earlier position is masked.
+        document_starts: int32 [..., position], the start of the document at each position; all positions before that
+            start are masked. If None, no earlier position is masked.
 
     Returns:
-        [..., position, heads, head_size], in the query's dtype.
+        [..., position, heads, head_size], in the dtype of the query.
     """
     batch_axes = tuple(axis for axis in query.axes if axis.name not in ORDER)
     axes = (*batch_axes, *(query.resolve_axis(name) for name in ORDER))
@@ -68,7 +68,7 @@ def causal_attention(
 
 
 def _with_all_heads(x: NamedArray, batch_axes: tuple[Axis, ...], heads: int) -> jax.Array:
-    """Keys or values for every query head, [..., position, heads, head_size]."""
+    """Repeat keys or values for every query head, [..., position, heads, head_size]."""
     if "kv_heads" not in [axis.name for axis in x.axes]:
         return x.rearrange((*batch_axes, *ORDER)).array
     array = x.rearrange((*batch_axes, "position", "kv_heads", "head_size")).array
@@ -80,7 +80,7 @@ _forward_differentiable: ContextVar[bool] = ContextVar("forward_differentiable",
 
 @contextmanager
 def forward_differentiable() -> Iterator[None]:
-    """A context in which attention uses only ordinary operations, so that its gradient has a forward derivative."""
+    """Make attention use only ordinary operations in this context, so that its gradient supports forward mode."""
     token = _forward_differentiable.set(True)
     try:
         yield
@@ -89,10 +89,10 @@ def forward_differentiable() -> Iterator[None]:
 
 
 def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
-    """Whether a query's document has begun by the position of a key: bool [..., 1, query, key].
+    """Return whether the document of each query has begun by the position of each key: bool [..., 1, query, key].
 
     Args:
-        starts: int [..., query], where each query's document begins.
+        starts: int [..., query], the start of the document of each query.
         num_keys: number of keys, which are at the first positions.
     """
     return jnp.arange(num_keys, dtype=starts.dtype) >= starts[..., None, :, None]
@@ -114,14 +114,14 @@ def _chosen(implementation: str, query: jax.Array, documents: bool) -> str:
 
 @jax.custom_vjp
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None) -> jax.Array:
-    """Causal attention in blocks of queries, without the blocks above the diagonal, for CPUs.
+    """Compute causal attention on CPUs in blocks of queries, skipping blocks above the diagonal.
 
-    The backward pass recomputes the weights, block by block. Both passes use ordinary operations, so
+    The backward pass recomputes the weights block by block. Both passes use ordinary operations, so
     forward-over-reverse mode works; forward mode alone does not.
 
     Args:
         q, k, v: [batch, heads, position, head_size], with any number of positions.
-        starts: int32 [batch, position], where each position's document begins; if None, no earlier position is masked.
+        starts: int32 [batch, position], the start of the document at each position; None to mask no earlier position.
 
     Returns:
         [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
@@ -138,7 +138,7 @@ def _attend_blocks(
         highest = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, -1, keepdims=True)
-        # Divide after the product, since its result is smaller than the weights.
+        # Divide after the product, because its result is smaller than the weights.
         outputs.append(_product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[:, :, :end]) / total)
         log_normalizers.append(highest + jnp.log(total))
     output = jnp.concatenate(outputs, 2)
@@ -148,7 +148,7 @@ def _attend_blocks(
 
 def _attend_blocks_back(kept: tuple[Any, ...], d_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, starts, output, log_normalizers = kept
-    # sum_k weight * d_weight, the softmax's term in the gradient, computed from the output.
+    # sum_k weight * d_weight, the softmax term in the gradient, computed from the output.
     inner = jnp.sum(d_output * output, -1, keepdims=True)
     # Transpose to [batch, heads, head_size, position]: XLA's CPU backend is slow at products whose first factor is
     # transposed, and these arrays are smaller than the weights.
@@ -175,13 +175,13 @@ blocked_attention.defvjp(_attend_blocks, _attend_blocks_back)
 
 
 def _query_blocks(positions: int) -> list[tuple[int, int]]:
-    """Where each block of queries starts and ends; the last block may be shorter."""
+    """Return the start and end of each block of queries. The last block may be shorter."""
     size = max(BLOCK_SIZE, -(-positions // MOST_BLOCKS))
     return [(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 def _block_scores(q: jax.Array, k: jax.Array, starts: jax.Array | None, start: int, end: int) -> jax.Array:
-    """Masked scores [batch, heads, query in block, key], for the keys up to the block's end."""
+    """Compute masked scores [batch, heads, query in block, key] for keys up to the end of the block."""
     scores = _product("bhqd,bhkd->bhqk", q[:, :, start:end], k[:, :, :end]) * q.shape[-1] ** -0.5
     seen: Any = np.tril(np.ones((end - start, end), bool), start)
     if starts is not None:
@@ -190,14 +190,14 @@ def _block_scores(q: jax.Array, k: jax.Array, starts: jax.Array | None, start: i
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The einsum in float32 or wider."""
+    """Compute an einsum in float32 or wider."""
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _splash(
     q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None, *, interpret: bool = False
 ) -> jax.Array:
-    """Apply the TPU kernel to each device's rows and heads; all arrays are [batch, position, heads, head_size]."""
+    """Apply the TPU kernel to the rows and heads on each device; q, k and v are [batch, position, heads, head_size]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *starts: jax.Array) -> jax.Array:
@@ -205,8 +205,8 @@ def _splash(
         heads, positions, head_size = q.shape[1:]
         mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((positions, positions))] * heads)
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, interpret=interpret)
-        # The kernel compares segment ids, but skips no blocks because of them. Two tokens have the same start if and
-        # only if they are in the same document, so the start serves as the document's id.
+        # The kernel compares segment ids but does not use them to skip blocks. Two tokens have the same start if and
+        # only if they are in the same document, so the start serves as the document id.
         segments = [splash_attention_kernel.SegmentIds(x, x) for x in starts]
         # The kernel does not scale the scores.
         return jnp.swapaxes(jax.vmap(kernel)(q * head_size**-0.5, k, v, *segments), 1, 2).astype(q.dtype)
@@ -224,7 +224,7 @@ def _splash(
 def _attention_with_dropout(
     qkv: tuple[jax.Array, jax.Array, jax.Array], starts: jax.Array | None, rate: float, key: jax.Array
 ) -> jax.Array:
-    """Causal attention without a fused kernel, since no kernel drops attention weights."""
+    """Compute causal attention without a fused kernel, because no kernel supports dropout of attention weights."""
     q, k, v = qkv
     positions, head_size = q.shape[-3], q.shape[-1]
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k).astype(jnp.promote_types(q.dtype, jnp.float32))
@@ -237,12 +237,12 @@ def _attention_with_dropout(
 
 
 def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, positions: NamedArray) -> NamedArray:
-    """Attention from one position in each row to all positions up to and including it.
+    """Attend from one position in each row to all positions up to and including it.
 
     Args:
         query: [batch, heads, head_size].
         keys, values: [batch, kv_heads, position, head_size], with the axes in any order.
-        positions: int32 [batch], each row's position.
+        positions: int32 [batch], the position in each row.
 
     Returns:
         [batch, heads, head_size].
@@ -262,11 +262,11 @@ def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, po
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an attention implementation has to support.
+    """Requirements for an attention implementation.
 
     Attributes:
         platform: `cpu`, `gpu` or `tpu`.
-        dtype: dtype of queries, keys and values.
+        dtype: dtype of the queries, keys and values.
         positions, head_size: sizes of these axes.
         split_positions: whether positions are split over devices.
         dropout: whether attention weights are dropped.
@@ -283,14 +283,14 @@ class Requirements:
 
 
 def attention_for(wanted: str, required: Requirements) -> str:
-    """The attention implementation to use: the one requested or, for `auto`, the fastest that meets the requirements.
+    """Return the requested attention implementation or, for `auto`, the fastest one that meets the requirements.
 
     Args:
         wanted: a value of `model.attention`.
         required: the requirements.
 
     Raises:
-        InputError: if the requested implementation does not meet the requirements; the error says why.
+        InputError: if the requested implementation does not meet the requirements; the error states the reason.
     """
     if wanted == "auto":
         fastest = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}.get(required.platform, "xla")
@@ -302,7 +302,7 @@ def attention_for(wanted: str, required: Requirements) -> str:
 
 
 def _why_not(name: str, required: Requirements) -> str | None:
-    """Why an implementation cannot be used; None if it can."""
+    """Return the reason why an implementation cannot be used, or None if it can."""
     if name == "xla":
         return None
     if required.dropout:
@@ -318,7 +318,7 @@ def _why_not(name: str, required: Requirements) -> str | None:
         if required.head_size % 8 or required.head_size > 128:
             return f"requires a head size that is a multiple of 8 and at most 128, not {required.head_size}"
         if required.documents:
-            # JAX's cuDNN call takes no segment ids, only a mask, which it turns into a bias as large as the scores.
+            # JAX's cuDNN attention accepts a mask but no segment ids; it turns the mask into a bias as large as scores.
             return "does not support document masking (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
         return f"requires a number of positions that is a multiple of 128, not {required.positions}"

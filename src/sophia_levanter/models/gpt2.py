@@ -16,7 +16,7 @@ __all__ = ["Gpt2", "Gpt2Config"]
 
 
 class Attention(eqx.Module):
-    """The linear maps of causal multi-head self-attention."""
+    """Linear layers of causal multi-head self-attention."""
 
     config: Gpt2Config = eqx.field(static=True)
     c_attn: hnn.Linear  # embed -> (qkv, heads, head_size)
@@ -33,7 +33,7 @@ class Attention(eqx.Module):
         )
 
     def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries, keys and values, each [..., heads, head_size]; the layer's scale is applied to the queries."""
+        """Compute queries, keys and values, each [..., heads, head_size]. Any layer scale is applied to the queries."""
         qkv = linear(self.c_attn, x)
         query, keys, values = (part["qkv", 0] for part in qkv.split("qkv", [Axis("qkv", 1)] * 3))
         if self.config.scale_attn_by_inverse_layer_idx:
@@ -42,7 +42,7 @@ class Attention(eqx.Module):
 
 
 class Mlp(eqx.Module):
-    """Two linear layers with GELU between them, in GPT-2's tanh approximation."""
+    """Two linear layers with the tanh approximation of GELU between them, as in GPT-2."""
 
     c_fc: hnn.Linear  # embed -> mlp
     c_proj: hnn.Linear  # mlp -> embed
@@ -91,7 +91,7 @@ class Gpt2(Transformer):
     """A GPT-2 language model. The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
-        config: the model's shape.
+        config: the model configuration.
         vocab_size: number of classes that can be predicted.
         wte: token embedding and output head, [vocab (padded), embed].
         wpe: position embedding, [position, embed].
@@ -108,13 +108,13 @@ class Gpt2(Transformer):
 
     @staticmethod
     def init(config: Gpt2Config, *, vocab_size: int, key: jax.Array) -> Gpt2:
-        """Initialise the weights as GPT-2 does.
+        """Initialise the weights as in GPT-2.
 
         The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
-        divided by sqrt(2 layers). Biases are 0, and the weights of norms are 1.
+        divided by sqrt(2 layers). Biases are 0, and norm weights are 1.
 
         Args:
-            config: the model's shape.
+            config: the model configuration.
             vocab_size: number of classes that can be predicted.
             key: a JAX random key.
         """

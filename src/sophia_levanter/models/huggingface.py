@@ -1,4 +1,4 @@
-"""GPT-2 weights under the names that transformers and nanoGPT use; see `interop.state_dict`."""
+"""Conversion of GPT-2 weights to and from the names in transformers and nanoGPT; see `interop.state_dict`."""
 
 from sophia_levanter.interop.state_dict import gpt2_from_state_dict, gpt2_to_state_dict
 

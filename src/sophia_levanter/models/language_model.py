@@ -1,4 +1,4 @@
-"""The model interface that training, evaluation, generation, planning and export use."""
+"""The model interface used by training, evaluation, generation, planning and export."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PyTree = Any
 
 
 class LanguageModel(eqx.Module):
-    """A causal language model: final hidden states and an output head, from which everything else follows.
+    """A causal language model, defined by its final hidden states and its output head.
 
     The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
-        config: the model's shape.
+        config: the model configuration.
         vocab_size: number of classes that can be predicted.
     """
 
@@ -39,27 +39,27 @@ class LanguageModel(eqx.Module):
 
     @abc.abstractmethod
     def final_hidden(self, tokens: NamedArray, key: jax.Array | None) -> NamedArray:
-        """The final hidden states, for a model whose parameters are gathered.
+        """Compute the final hidden states of a model whose parameters have been gathered.
 
         Args:
             tokens: int32 [..., position], with at most `config.seq_len` positions.
             key: a JAX random key for dropout; None for no dropout.
 
         Returns:
-            [..., position, embed] in the parameters' dtype.
+            [..., position, embed] in the parameter dtype.
         """
 
     def hidden_in_documents(
         self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
     ) -> NamedArray:
-        """`final_hidden` for rows with several documents: attention and positions restart in each document.
+        """Compute `final_hidden` for rows with several documents, restarting attention and positions in each document.
 
-        A model that defines this method also overrides its configuration's `attention_on`.
+        A model that defines this method must also override `attention_on` in its configuration.
 
         Args:
             tokens: as for `final_hidden`.
-            document_starts: int32 [..., position], the position in its row at which each token's document begins; None
-                to treat each row as one document.
+            document_starts: int32 [..., position], the position in the row at which the document of each token begins;
+                None to treat each row as one document.
             key: as for `final_hidden`.
 
         Raises:
@@ -71,43 +71,43 @@ class LanguageModel(eqx.Module):
 
     @abc.abstractmethod
     def head_weights(self) -> NamedArray:
-        """The weights of the output head, [vocab (padded), embed]."""
+        """Return the weights of the output head, [vocab (padded), embed]."""
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass for one token: 6 per parameter, unless a model overrides this.
+        """FLOPs of the forward and backward passes for one token: 6 per parameter, unless overridden by a model.
 
         Recomputation and curvature are not counted.
         """
         return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self, _is_float)))
 
     def gathered(self) -> LanguageModel:
-        """The model with all parameters gathered, if they are split over devices."""
+        """Return the model with all parameters gathered, if they are split over devices."""
         return gather_params(self)
 
     def hidden(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
-        """The final hidden states; see `final_hidden`."""
+        """Gather the parameters and compute the final hidden states; see `final_hidden`."""
         return self.gathered().final_hidden(tokens, key)
 
     def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
-        """Logits over the true vocabulary.
+        """Compute logits over the vocabulary without padding.
 
         Args:
             tokens: int32 [..., position], with at most `config.seq_len` positions.
             key: a JAX random key for dropout; None for no dropout.
 
         Returns:
-            [..., position, vocab] in the parameters' dtype.
+            [..., position, vocab] in the parameter dtype.
         """
         model = self.gathered()
         return model.head(model.final_hidden(tokens, key))
 
     def head(self, hidden: NamedArray, dtype: DTypeLike | None = None) -> NamedArray:
-        """Logits over the true vocabulary.
+        """Compute logits over the vocabulary without padding.
 
         Args:
             hidden: final hidden states, [..., embed].
-            dtype: dtype of the logits; by default, the dtype of the hidden states.
+            dtype: dtype of the logits; by default, that of the hidden states.
 
         Returns:
             [..., vocab].
@@ -118,11 +118,11 @@ class LanguageModel(eqx.Module):
     def losses(
         self, batch: Batch, *, samples: NamedArray | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """The summed next-token losses on the true and on sampled labels, without materialising all logits.
+        """Compute the summed next-token losses on true and on sampled labels, without materialising all logits.
 
         Args:
             batch: [batch, position].
-            samples: [batch, position] float32 uniforms to draw labels with, or int labels; None for no second loss.
+            samples: [batch, position] float32 uniforms for drawing labels, or int labels; None for no second loss.
             key: a JAX random key for dropout; None for no dropout.
 
         Returns:
@@ -143,10 +143,10 @@ class LanguageModel(eqx.Module):
         return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)
 
     def weight_decay_mask(self) -> PyTree:
-        """True where weight decay applies: matrices and embeddings, never biases and norms, whatever their shape.
+        """Return a weight decay mask: True for matrices and embeddings, False for biases and norms of any shape.
 
         Returns:
-            A prefix tree of bools for the model's parameters.
+            A pytree of bools that is a prefix of the model parameters.
         """
 
         def mask(layer: object) -> object:
@@ -158,13 +158,13 @@ class LanguageModel(eqx.Module):
         return jax.tree.map(mask, self, is_leaf=_is_layer)
 
     def matrix_axes(self) -> PyTree:
-        """The matrices for Muon and the Kronecker basis: all linear maps.
+        """Return the matrices for Muon and the Kronecker basis, which are the weights of all linear layers.
 
-        Each layer has its own matrices, and an axis `qkv` stands for three: query, key and value. Embeddings, the
-        output head, norms and biases are left out.
+        Each layer has its own matrices, and an axis `qkv` contains three: query, key and value. Embeddings, the output
+        head, norms and biases are excluded.
 
         Returns:
-            A prefix tree for the model's parameters: `optax.contrib.MuonDimensionNumbers`, or None.
+            A prefix of the model parameters with `optax.contrib.MuonDimensionNumbers` for matrices and None elsewhere.
         """
 
         def axes(layer: object) -> object:
@@ -182,13 +182,13 @@ class LanguageModel(eqx.Module):
         return jax.tree.map(axes, self, is_leaf=_is_layer)
 
     def parameter_roles(self) -> PyTree:
-        """The role of each parameter, for parameter groups.
+        """Return the role of each parameter, for parameter groups.
 
-        `matrix`: the matrices from `matrix_axes()`. `head`: `head_weights()`, unless it is the token embedding's array.
-        `embedding`: the other weights in embedding layers. `vector`: everything else, such as norms and biases.
+        `matrix`: the matrices from `matrix_axes()`. `head`: `head_weights()`, unless tied to the token embedding.
+        `embedding`: all other weights of embedding layers. `vector`: everything else, such as norms and biases.
 
         Returns:
-            A prefix tree of role names for the model's parameters.
+            A pytree of role names that is a prefix of the model parameters.
         """
         head = self.head_weights()
         named = [x for x in jax.tree.leaves(self, is_leaf=_is_named) if _is_named(x)]
@@ -209,10 +209,10 @@ class LanguageModel(eqx.Module):
             structure, [role(leaf, view is not None) for leaf, view in zip(leaves, views, strict=True)]
         )
 
-    # Generation. By default, the cache holds the tokens, and the model rereads its whole context for each token.
+    # Generation. By default, the cache stores tokens, and the model recomputes its whole context for each new token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
-        """An empty cache, for rows that hold no tokens yet.
+        """Return an empty cache for rows without tokens.
 
         Args:
             Batch: the row axis, `batch`.
@@ -220,26 +220,26 @@ class LanguageModel(eqx.Module):
         return hax.zeros((Batch, self.config.Pos), jnp.int32)
 
     def prefill(self, cache: PyTree, row: jax.Array, tokens: NamedArray) -> PyTree:
-        """The cache after one row is replaced.
+        """Replace one row of the cache.
 
         Args:
             cache: the cache of all rows.
-            row: the row's index, an int scalar.
-            tokens: int32 [position], the row's tokens from position 0; at most `config.seq_len` of them. They may be
-                padded at the end, since decoding overwrites the padding.
+            row: the index of the row, an int scalar.
+            tokens: int32 [position], the tokens of the row from position 0, at most `config.seq_len`. They may be
+                padded at the end, because decoding overwrites the padding.
         """
         return write_row(cache, row, tokens)
 
     def decode_step(self, cache: PyTree, tokens: NamedArray, positions: NamedArray) -> tuple[NamedArray, PyTree]:
-        """The model's prediction after one more token in each row.
+        """Append one token to each row and predict the next one.
 
         Args:
             cache: the cache of all earlier positions.
             tokens: int32 [batch].
-            positions: int32 [batch], the position of each row's token, less than `config.seq_len`.
+            positions: int32 [batch], the position of the token in each row, less than `config.seq_len`.
 
         Returns:
-            Logits over the true vocabulary, float32 [batch, vocab], and the cache with these tokens.
+            Logits over the vocabulary without padding, float32 [batch, vocab], and the cache with these tokens.
         """
         cache = cache.at["position", positions].set(tokens)
         model = self.gathered()
@@ -248,29 +248,29 @@ class LanguageModel(eqx.Module):
 
 
 def decay_mask(model: LanguageModel) -> PyTree:
-    """`model.weight_decay_mask()` as a function of the parameters, which is what optimizers take."""
+    """Return `model.weight_decay_mask()`, as a function that can be passed to optimizers."""
     return model.weight_decay_mask()
 
 
 def matrix_axes(model: LanguageModel) -> PyTree:
-    """`model.matrix_axes()` as a function of the parameters, which is what optimizers take."""
+    """Return `model.matrix_axes()`, as a function that can be passed to optimizers."""
     return model.matrix_axes()
 
 
 def parameter_roles(model: LanguageModel) -> PyTree:
-    """`model.parameter_roles()` as a function of the parameters, which is what optimizers take."""
+    """Return `model.parameter_roles()`, as a function that can be passed to optimizers."""
     return model.parameter_roles()
 
 
 def hyperball_matrices(model: LanguageModel) -> PyTree:
-    """The matrices whose norms `Hyperball` keeps, as in Levanter: those in `matrix_axes()` and any untied head."""
+    """Return the matrices for `Hyperball`, as in Levanter: those in `matrix_axes()` and any untied output head."""
     head = MuonDimensionNumbers(1, 0)
     entries = matrices_tree(matrix_axes, model)
     return jax.tree.map(lambda role, entry: head if role == "head" else entry, model.parameter_roles(), entries)
 
 
 def paths_on_hyperball(model: LanguageModel) -> set[str]:
-    """The paths of the arrays whose matrices `Hyperball` keeps at a constant norm, such as `blocks.mlp.c_fc.weight`.
+    """Return the paths of arrays whose matrices have a norm fixed by `Hyperball`, such as `blocks.mlp.c_fc.weight`.
 
     The model may be abstract.
     """
@@ -281,19 +281,19 @@ def paths_on_hyperball(model: LanguageModel) -> set[str]:
 
 
 def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """A model with `jax.ShapeDtypeStruct`s in place of arrays."""
+    """Build a model with `jax.ShapeDtypeStruct`s in place of arrays."""
     return eqx.filter_eval_shape(config.build, vocab_size=vocab_size, key=jax.random.key(0))
 
 
 def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
-    """The array with the first positions of one row replaced.
+    """Return the array with the first positions of one row replaced.
 
     Args:
         cache: [batch, position, ...], with the axes in any order.
-        row: the row's index, an int scalar.
+        row: the index of the row, an int scalar.
         new: [position, ...], the new values at the first positions, with the axes of `cache` except `batch`.
     """
-    # Select with a mask: rows may be sharded, and indexing one would gather the whole array on each device.
+    # Select with a mask: rows may be sharded, and indexing a row would gather the whole array on each device.
     here = {"position": slice(0, new.resolve_axis("position").size)}
     chosen = hax.where(hax.arange(cache.resolve_axis("batch")) == row, new, cache[here])
     return cache.at[here].set(chosen.rearrange(cache.axes))

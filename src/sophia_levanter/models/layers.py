@@ -1,4 +1,4 @@
-"""The layers of a block, laid out so that XLA's CPU backend needs no transposed copies and few passes over memory."""
+"""Layers of a block, arranged so that XLA's CPU backend makes few passes over memory and no transposed copies."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sophia_levanter.partition.mesh import active_platform, is_axis_split
 
 
 def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
-    """Apply a layer as one product of two matrices, [row, in] and [in, out].
+    """Apply a linear layer as a single product of two matrices, [row, in] and [in, out].
 
-    Joining the axes avoids transposed copies of the operands, which XLA's CPU backend makes in the backward pass of a
-    product over several axes. Axes that are split over devices are not joined if that would move data.
+    Flattening the axes avoids transposed copies of the operands, which XLA's CPU backend makes in the backward pass of
+    a product over several axes. Axes that are split over devices are not flattened if that would move data.
 
     Args:
-        layer: `In` and `Out` may be tuples of axes.
+        layer: the layer; its `In` and `Out` may be tuples of axes.
         x: [..., In].
 
     Returns:
@@ -48,19 +48,19 @@ def _can_join(axes: tuple[Axis, ...]) -> bool:
 
 
 def _join(x: NamedArray, axes: tuple[Axis, ...]) -> NamedArray:
-    """Flatten adjacent axes into one, which takes the first axis's name and sharding."""
+    """Flatten adjacent axes into one axis with the name and sharding of the first."""
     return x.flatten_axes(axes, axes[0].name) if _can_join(axes) else x
 
 
 @jax.custom_vjp
 def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product of [row, in] and [in, out], with a backward pass designed for CPUs."""
+    """Multiply [row, in] by [in, out], with a backward pass designed for CPUs."""
     return x @ weight
 
 
 def _matrix_product_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     # XLA's CPU backend is slow at products whose first factor is transposed. Therefore, copy the smaller factor of the
-    # weight's gradient; the barriers keep XLA from fusing the copy into the product or the operations around it.
+    # weight gradient; the barriers keep XLA from fusing the copy into the product or the surrounding operations.
     x, weight = kept
     copied = jax.lax.optimization_barrier
     d_weight = copied(x.T) @ d_y if x.shape[1] <= d_y.shape[1] else copied(copied(d_y.T) @ x).T
@@ -71,7 +71,7 @@ _matrix_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matrix_prod
 
 
 def gelu(x: NamedArray) -> NamedArray:
-    """The tanh approximation of GELU. The backward pass recomputes the tanh, which is cheaper than storing it."""
+    """Apply the tanh approximation of GELU. The backward pass recomputes the tanh, which is cheaper than storing it."""
     return NamedArray(_gelu(x.array), x.axes)
 
 
@@ -88,9 +88,9 @@ _gelu.defvjp(lambda x: (_tanh_gelu(x), x), _gelu_backward)
 
 
 def normalize(norm: hnn.LayerNorm | hnn.RmsNorm, x: NamedArray) -> NamedArray:
-    """Apply a norm; only a layer norm subtracts the mean.
+    """Apply a layer norm or an RMS norm; only a layer norm subtracts the mean.
 
-    The statistics are in float32 or wider, and the result has x's dtype.
+    The statistics are computed in float32 or wider, and the result has the dtype of x.
     """
     (axis,) = ensure_tuple(norm.axis)
     x = x.rearrange((..., axis))
@@ -131,7 +131,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def rotary(x: NamedArray, positions: NamedArray | None, theta: float) -> NamedArray:
-    """Rotary positions (Su et al., arXiv 2104.09864), with elements in the same order as in transformers' Llama.
+    """Apply rotary position embeddings (Su et al., arXiv 2104.09864), with elements ordered as in transformers' Llama.
 
     Elements i and i + head_size / 2 of a head form a pair, which is rotated by position * theta^(-2 i / head_size).
 
@@ -142,7 +142,7 @@ def rotary(x: NamedArray, positions: NamedArray | None, theta: float) -> NamedAr
         theta: the base of the rotation frequencies.
 
     Returns:
-        The rotated `x`, in its dtype; the angles are float32 or wider.
+        The rotated `x`, in the same dtype; the angles are float32 or wider.
     """
     whole = x.resolve_axis("head_size")
     half = whole.resize(whole.size // 2)

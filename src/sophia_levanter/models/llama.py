@@ -1,7 +1,7 @@
 """A Llama-style decoder (Touvron et al. 2023, arXiv 2302.13971) with Haliax named axes.
 
-It has RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped queries (Ainslie et al., arXiv 2305.13245)
-and no biases. The fields are named like the modules in transformers' Llama.
+The model uses RMSNorm before attention and the MLP, rotary position embeddings, SwiGLU, grouped-query attention
+(Ainslie et al., arXiv 2305.13245) and no biases. Field names are the module names of Llama in transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Llama", "LlamaConfig"]
 
 
 class Attention(eqx.Module):
-    """The linear maps of causal self-attention with grouped queries, and its optional norms."""
+    """Linear layers of causal grouped-query self-attention, with optional norms for queries and keys."""
 
     q_proj: hnn.Linear  # embed -> (heads, head_size)
     k_proj: hnn.Linear  # embed -> (kv_heads, head_size)
@@ -104,12 +104,12 @@ class Llama(Transformer):
     """A Llama-style language model. The vocabulary is padded to a multiple of 128; callers never see the padding.
 
     Attributes:
-        config: the model's shape.
+        config: the model configuration.
         vocab_size: number of classes that can be predicted.
         embed_tokens: token embedding, [vocab (padded), embed].
         blocks: the blocks, stacked over [layers].
         norm: the final norm.
-        lm_head: output head, [vocab (padded), embed]; None if the token embedding is the head.
+        lm_head: output head, [vocab (padded), embed]; None if the head is tied to the token embedding.
     """
 
     config: LlamaConfig = eqx.field(static=True)
@@ -121,13 +121,13 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """Initialise the weights as GPT-2 does.
+        """Initialise the weights as in GPT-2.
 
         The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
-        divided by sqrt(2 layers). The weights of norms are 1.
+        divided by sqrt(2 layers). Norm weights are 1.
 
         Args:
-            config: the model's shape.
+            config: the model configuration.
             vocab_size: number of classes that can be predicted.
             key: a JAX random key.
         """

@@ -1,8 +1,8 @@
-"""Next-token cross-entropy in blocks of positions, so that the logits of a whole batch never exist at once.
+"""Next-token cross-entropy in blocks of positions, so that the logits of a whole batch are never in memory at once.
 
-While a block's logits exist, the forward pass also computes the block's contribution to the gradients of the hidden
-states and of the head; the backward pass only scales these gradients. The same forward pass can also draw labels from
-the model's own distribution and keep their gradients, which Gauss-Newton-Bartlett needs.
+While the logits of a block are in memory, the forward pass also computes how the block contributes to the gradients of
+the hidden states and the head; the backward pass only scales these gradients. The same forward pass can also draw
+labels from the model's own distribution and compute their gradients, as required for Gauss-Newton-Bartlett.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Targets(NamedTuple):
     Attributes:
         labels: int32, the true next tokens.
         weights: float32, the weight of each position in the summed loss.
-        samples: float32 uniforms in [0, 1) that draw labels by inverting the model's cumulative distribution, or int
-            labels drawn elsewhere; None for no second loss.
+        samples: float32 uniforms in [0, 1) used to draw labels by inverting the model's cumulative distribution, or
+            int labels drawn elsewhere; None for no second loss.
     """
 
     labels: jax.Array
@@ -42,15 +42,15 @@ class _Gradients(NamedTuple):
 def blocked_cross_entropy(
     vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of the cross-entropy on the true and on the sampled labels.
+    """Compute weighted sums of the cross-entropy on the true and on the sampled labels.
 
-    The second sum weights each position by the square root of its weight, so that the expected square of its gradient
-    is the weighted sum of the positions' Gauss-Newton diagonals. Reverse mode and forward-over-reverse mode work;
+    The second sum uses the square root of the weight of each position, so that the expectation of its squared gradient
+    is the weighted sum of the Gauss-Newton diagonals of the positions. Reverse mode and forward-over-reverse mode work;
     forward mode alone does not.
 
     Args:
         vocab_size: classes from this index on are padding, which is never predicted or drawn.
-        block_size: number of positions whose logits exist at a time.
+        block_size: number of positions whose logits are in memory at a time.
         hidden: [batch, position, embed] final hidden states.
         head: [vocab, embed].
         targets: the labels; see `Targets`.
@@ -72,7 +72,7 @@ def _forward(
 def _backward(
     vocab_size: int, block_size: int, kept: tuple[_Gradients, ...], cotangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array, None]:
-    # A loss that is not differentiated has a symbolic zero as its cotangent, and its gradients are never computed.
+    # If a loss is not differentiated, its cotangent is a symbolic zero and its gradients are never computed.
     used = [(g, c) for g, c in zip(kept, cotangents, strict=False) if not isinstance(c, SymbolicZero)]
     hidden, head = (
         sum((g * c for g, (_, c) in zip(parts, used, strict=True)), start=jnp.zeros((), parts[0].dtype)).astype(
@@ -89,7 +89,7 @@ blocked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _run_blocks(
     vocab_size: int, block_size: int, hidden: jax.Array, head: jax.Array, targets: Targets, *, with_gradients: bool
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
-    """The sums over all rows, taken shard by shard, so that the head's gradient is summed over devices only once."""
+    """Sum over all rows, shard by shard, so that the gradient of the head is summed over devices only once."""
     shards = row_shards()
     if shards == 1:
         losses, gradients = _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
@@ -128,7 +128,7 @@ def _run_shard(
 
 
 def _summed_part(result: tuple) -> tuple:
-    """The part of a block's result that is summed over blocks."""
+    """Return the part of a block's result that is summed over blocks."""
     losses, gradients = result
     return losses, tuple(g.head for g in gradients)
 
@@ -136,7 +136,7 @@ def _summed_part(result: tuple) -> tuple:
 def _one_block(
     vocab_size: int, head: jax.Array, hidden: jax.Array, targets: Targets, *, with_gradients: bool
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
-    """Both losses at some positions, and each loss's gradients with respect to the hidden states and the head."""
+    """Compute both losses at some positions, and their gradients with respect to the hidden states and the head."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=wide)
     classes = jnp.arange(head.shape[0], dtype=jnp.int32)
@@ -175,7 +175,7 @@ def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
 
 
 def _split_positions(block_size: int, x: jax.Array) -> jax.Array:
-    """[batch, position, ...] -> [block, batch, position in block, ...], padded with zeros (and so with weight 0)."""
+    """Split [batch, position, ...] into [block, batch, position in block, ...]. Padding is 0 and thus has weight 0."""
     padding = -x.shape[1] % block_size
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), 1, 0)

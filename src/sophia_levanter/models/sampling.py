@@ -1,4 +1,4 @@
-"""Text generation, token by token."""
+"""Token-by-token text generation."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def generate(
     end_of_text: int | None = None,
     document_end: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Draw tokens for all prompts at once, one position at a time.
+    """Generate tokens for all prompts at once, one position at a time.
 
-    Each token costs one position of the model, not the whole context. When a row's context is full, its last half is
-    reread as a new context, since learned positions cannot be shifted. A row's tokens depend only on its prompt and its
-    key, not on the other rows. The rows are sharded over the devices on the batch axis if the number of rows is a
-    multiple of the number of devices.
+    For each token, the model processes one position, not the whole context. When the context of a row is full, its last
+    half is processed again as a new context, because learned positions cannot be shifted. The tokens of a row depend
+    only on its prompt and its key, not on other rows. The rows are sharded over the devices on the batch axis if the
+    number of rows is a multiple of the number of devices.
 
     Args:
-        model: a trained model in the dtype to compute in; a sharded model needs its partition's context.
-        prompts: at least one token each; only the last `seq_len` tokens are read.
+        model: a trained model in the dtype to compute in; a sharded model requires the context of its partition.
+        prompts: at least one token each; only the last `seq_len` tokens are used.
         num_tokens: the maximum number of tokens for each prompt.
         keys: JAX random keys, [prompt].
         sampling: temperature, top_k and top_p.
         end_of_text: the token that ends a row, or None.
-        document_end: the token after which attention and positions restarted in training (`data.mask_documents`): a
-            row continues after it in a new context. None if they did not restart.
+        document_end: the token after which attention and positions were restarted in training (`data.mask_documents`);
+            a row starts a new context after it. None if they were not restarted.
 
     Yields:
         Each prompt's next token, or None for a prompt that has ended. Stops when all prompts have ended.
@@ -74,7 +74,7 @@ def generate(
 
 
 def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits to draw from; the temperature must not be 0.
+    """Restrict logits to the tokens that may be drawn. The temperature must not be 0.
 
     Args:
         logits: [..., vocab].
@@ -97,7 +97,7 @@ def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 class _Rows:
-    """Prompts with the tokens drawn so far, and their cache."""
+    """The prompts with the tokens drawn so far, and the cache."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Rows:
         self._seq_len = model.config.seq_len
         documents = (_last_document(list(map(int, prompt)), document_end) for prompt in prompts)
         self._contexts = [document[-self._seq_len :] for document in documents]
-        # Arrays on this host also work with a model that spans several hosts.
+        # Arrays on this host also work if the model spans several hosts.
         self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
         self._cache = _empty(model, self._Batch)
@@ -136,7 +136,7 @@ class _Rows:
     def append(self, row: int, token: int) -> None:
         """Append a token to a row.
 
-        After the end of a document, the context starts anew; a full context continues with its last half.
+        A new context starts after the end of a document. A full context is replaced by its last half.
         """
         context = self._contexts[row]
         if context[-1] == self._document_end:
@@ -147,7 +147,7 @@ class _Rows:
             self._prefill(row)
 
     def _prefill(self, row: int) -> None:
-        """Put a row's tokens into the cache, except for the last, which is decoded next."""
+        """Write the tokens of a row to the cache, except for the last one, which is decoded next."""
         context = self._contexts[row][:-1]
         if context:
             window = np.zeros(_prefill_length(len(context), self._seq_len), np.int32)
@@ -156,7 +156,7 @@ class _Rows:
 
 
 def _last_document(tokens: list[int], document_end: int | None) -> list[int]:
-    """The tokens of the last token's document; a token that ends a document belongs to that document."""
+    """Return the tokens of the document containing the last token; an end token belongs to the document it ends."""
     begins = [place + 1 for place, token in enumerate(tokens[:-1]) if token == document_end]
     return tokens[begins[-1] :] if begins else tokens
 
@@ -181,7 +181,7 @@ def _draw(
     number: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, Any]:
-    """The next token of each row, int32 [batch] on every device, after `tokens` at `positions`."""
+    """Draw the next token of each row, int32 [batch] on every device, given `tokens` at `positions`."""
     logits, cache = model.decode_step(cache, tokens, positions)
     drawn = _drawn(logits.rearrange(("batch", "vocab")).array, keys, number, sampling)
     return hax.shard(hax.named(drawn, "batch"), {}).array, cache
@@ -195,9 +195,9 @@ def _drawn(logits: jax.Array, keys: jax.Array, number: jax.Array, sampling: Samp
 
 
 def _prefill_length(needed: int, seq_len: int) -> int:
-    """`seq_len`, halved while it suffices and stays a multiple of 128.
+    """Halve `seq_len` repeatedly while it remains at least `needed` and a multiple of 128.
 
-    Kernels need such a multiple, and halving keeps the number of compiled lengths small.
+    Kernels require such a multiple, and halving keeps the number of compiled lengths small.
     """
     length = seq_len
     while length % (2 * SHORTEST_PREFILL) == 0 and length // 2 >= needed:

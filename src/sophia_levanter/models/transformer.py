@@ -1,4 +1,4 @@
-"""Parts that transformers share: scanned blocks, attention, and a cache of keys and values."""
+"""Components shared by transformers: scanned blocks, attention, and a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ class Block(eqx.Module):
     def project(
         self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Queries [..., heads, head_size], and keys and values [..., kv_heads, head_size], from the block's input.
+        """Compute queries [..., heads, head_size], and keys and values [..., kv_heads, head_size], from the input `x`.
 
         Args:
             x: [..., embed].
-            layer: int scalar, the block's index.
+            layer: int scalar, the index of the block.
             positions: as for `models.layers.rotary`.
         """
 
     @abc.abstractmethod
     def project_back(self, attended: NamedArray) -> NamedArray:
-        """Project attention's result [..., heads, head_size] to its term in the residual stream, [..., embed]."""
+        """Project the attention result [..., heads, head_size] to the residual stream, [..., embed]."""
 
     @abc.abstractmethod
     def apply_mlp(self, x: NamedArray) -> NamedArray:
-        """The MLP's term in the residual stream, [..., embed]."""
+        """Compute the contribution of the MLP to the residual stream, [..., embed]."""
 
     def attention_inputs(
         self, x: NamedArray, layer: NamedArray, positions: NamedArray | None
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """The queries, keys and values of `project`, with the queries scaled by the parametrization."""
+        """Return the queries, keys and values from `project`, with the queries scaled for the parametrization."""
         query, keys, values = self.project(x, layer, positions)
         return scaled(query, self.config.query_factor), keys, values
 
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
-        """The block's result, given its input and attention's result; the keys switch on dropout.
+        """Compute the block output from its input and the attention result. Passing keys enables dropout.
 
         Args:
             x: [..., embed].
@@ -69,11 +69,11 @@ class Block(eqx.Module):
     def __call__(
         self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None = None
     ) -> NamedArray:
-        """The block's result for a context that starts at position 0; the key switches on dropout.
+        """Compute the block output for a context that starts at position 0. Passing a key enables dropout.
 
         Args:
             x: [..., position, embed].
-            layer: int scalar, the block's index.
+            layer: int scalar, the index of the block.
             key: a JAX random key, or None.
             document_starts: as for `hidden_in_documents`.
         """
@@ -97,11 +97,11 @@ class Block(eqx.Module):
 
 
 class Cache(eqx.Module):
-    """Keys and values of the tokens in each row so far.
+    """Keys and values of the tokens so far in each row.
 
     Attributes:
-        keys, values: [layers, batch, kv_heads, position, head_size] in the model's dtype; entries after a row's last
-            position are never read.
+        keys, values: [layers, batch, kv_heads, position, head_size] in the model dtype; entries after the last position
+            of a row are never read.
     """
 
     keys: NamedArray
@@ -121,15 +121,15 @@ class Transformer(LanguageModel):
 
     @abc.abstractmethod
     def embed(self, tokens: NamedArray, positions: NamedArray | None, key: jax.Array | None = None) -> NamedArray:
-        """The first block's input, [..., embed]; the key switches on dropout. Positions are as for `Block.project`."""
+        """Compute the first block's input, [..., embed]. A key enables dropout. For positions, see `Block.project`."""
 
     @abc.abstractmethod
     def final_norm(self, x: NamedArray) -> NamedArray:
-        """The final hidden states, computed from the last block's result."""
+        """Apply the final norm to the output of the last block."""
 
     @property
     def flops_per_token(self) -> float:
-        """FLOPs of the forward and backward pass for one token: 6 per weight in a matrix product, plus attention.
+        """FLOPs of the forward and backward passes for one token: 6 per weight in a matrix product, plus attention.
 
         Attention costs 12 * layers * heads * head_size * seq_len (PaLM, arXiv 2204.02311, appendix B).
         """
@@ -139,7 +139,7 @@ class Transformer(LanguageModel):
         return 6.0 * weights + 12.0 * config.num_layers * config.num_heads * config.head_dim * config.seq_len
 
     def gathered(self) -> Transformer:
-        """The model with parameters gathered outside the blocks, which gather their own."""
+        """Return the model with the parameters outside the blocks gathered. Each block gathers its own parameters."""
         outside = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -162,12 +162,12 @@ class Transformer(LanguageModel):
         return self.head_inputs(x)
 
     def head_inputs(self, x: NamedArray) -> NamedArray:
-        """The input of the output head, computed from the last block's result; both are [..., embed]."""
+        """Compute the input of the output head from the output of the last block; both are [..., embed]."""
         return scaled(self.final_norm(x), self.config.logits_factor)
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
-        # Put positions inside heads: on CPUs, the other order makes attention over many rows tens of times slower.
+        # Put the position axis after the heads: on CPUs, the other order slows attention over many rows tens of times.
         axes = (config.Layers, Batch, config.KVHeads, config.Pos, config.HeadSize)
         zeros = hax.zeros(axes, self.head_weights().dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
@@ -199,21 +199,21 @@ class Transformer(LanguageModel):
         scan = model.blocks.scan_via(through, unroll=self.config.scan_unroll)
         x = hax.auto_sharded(model.embed(tokens, positions))
         x, made = scan(x, hax.arange(self.config.Layers), cache)
-        # Write once for all layers: a scan that returned whole caches would copy them for every token.
+        # Write once for all layers, because a scan that returned whole caches would copy them for every token.
         cache = hax.auto_sharded(_with(cache, made.keys, made.values, positions))
-        # Use float32, since many logits would tie for the maximum in bfloat16.
+        # Use float32, because in bfloat16 many logits would tie for the maximum.
         return model.head(model.head_inputs(x), jnp.float32), cache
 
 
 def _positions(document_starts: NamedArray | None) -> NamedArray | None:
-    """int32 [..., position], each token's position in its document; None without document starts."""
+    """Return the position of each token in its document, int32 [..., position], or None without document starts."""
     if document_starts is None:
         return None
     return hax.arange(document_starts.resolve_axis("position")) - document_starts
 
 
 def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedArray) -> Cache:
-    """The cache of one or all layers, with one more key and value in each row."""
+    """Return the cache of one or all layers with one more key and value in each row."""
     here = ("position", positions)
     return Cache(cache.keys.at[here].set(keys), cache.values.at[here].set(values))
 
@@ -221,25 +221,25 @@ def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedAr
 def normal_weights(
     config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, hidden: bool = False, residual: bool = False
 ) -> NamedArray:
-    """Normal weights; the arguments are those of `config.weight_std`."""
+    """Draw weights from a normal distribution. The keyword arguments are passed to `config.weight_std`."""
     return hax.random.normal(key, axes) * config.weight_std(hidden=hidden, residual=residual)
 
 
 def scaled(x: NamedArray, factor: float) -> NamedArray:
-    """The array times a factor; nothing is computed for a factor of 1."""
+    """Multiply the array by a factor. A factor of 1 requires no computation."""
     return x if factor == 1 else x * factor
 
 
 def dropout(config: TransformerConfig, x: NamedArray, key: jax.Array | None) -> NamedArray:
-    """Dropout at rate `config.dropout` if a key is given; otherwise the array unchanged."""
+    """Apply dropout at rate `config.dropout` if a key is given; otherwise return the array unchanged."""
     return x if key is None else hnn.dropout(x, config.dropout, inference=False, key=key)
 
 
 def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with gradient checkpointing.
+    """Return the function with gradient checkpointing.
 
     Args:
-        policy: `none` recomputes nothing, but gathers split parameters again; `full` keeps no intermediate results;
+        policy: `none` recomputes nothing but gathers split parameters again; `full` keeps no intermediate results;
             `dots` keeps the results of matrix products, except in attention, where they are quadratic in the number of
             positions; `offload` keeps the same results in host memory.
     """
@@ -257,5 +257,5 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A checkpoint policy that keeps everything but gathered parameters, the results of sharding constraints."""
+    """Checkpoint policy that keeps everything except gathered parameters, which result from sharding constraints."""
     return primitive.name != "sharding_constraint"
