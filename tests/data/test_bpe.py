@@ -169,7 +169,7 @@ def test_a_text_with_few_pairs_gives_fewer_tokens() -> None:
 
 @pytest.mark.parametrize("size", [0, 257])
 def test_a_vocabulary_that_is_too_small(size: int) -> None:
-    with pytest.raises(InputError, match=r"--vocab_size is .*above 257"):
+    with pytest.raises(InputError, match=r"--vocab_size is .*greater than 257"):
         train_bpe(["text"], size)
 
 

@@ -142,7 +142,7 @@ def test_a_folder_with_the_vocabulary_of_another_tokenizer(change, wanted, vocab
 def test_a_tokenizer_file_of_another_kind(tmp_path):
     for content, wanted in (
         ({"model": []}, "contains no token-to-id"),
-        ({"model": {"vocab": [["a", -1]]}}, "has no"),
+        ({"model": {"vocab": [["a", -1]]}}, "contains no"),
         (3, "not a JSON object"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))

@@ -170,7 +170,7 @@ def test_scaled_gradients_are_another_eps_and_rho(scaled, plain, curvature):
     """4 times the gradient and 16 times the curvature is a fourth of eps and 4 times rho."""
     params, grads = parameters(0), parameters(1)
     h_hat = None if curvature is None else jax.tree.map(jnp.square, parameters(2))
-    scaled = ScaledGradients(scaled, lambda _: 4.0)
+    scaled = ScaledGradients(scaled, lambda _: 4.0, lambda _: 16.0)
     found, _ = scaled.update(grads, scaled.init(params), params, h_hat)
     wanted, _ = plain.update(grads, plain.init(params), params, h_hat)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

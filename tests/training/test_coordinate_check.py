@@ -109,9 +109,9 @@ def test_momentum_and_curvature_do_not_depend_on_the_width(name):
     for field in ("momentum", "curvature"):
         leaves = (jax.tree_util.tree_leaves_with_path(getattr(state, field)) for state in (base, wide))
         for (path, small), (_, large) in zip(*leaves, strict=True):
-            ratio = rms(large) / rms(small)
+            ratio = float(jnp.mean(jnp.abs(large)) / jnp.mean(jnp.abs(small)))
             print(name, field, jax.tree_util.keystr(path), round(ratio, 2))
-            assert 0.5 < ratio < 2
+            assert 1 / 3 < ratio < 3
 
 
 @pytest.mark.parametrize("name", ["adamw", "sophia_g"])
@@ -144,7 +144,7 @@ def test_all_widths(name, matrices_alone):
     assert np.all(spread([x[1:] for x in found]) < 2)
     assert np.all([x[0] == 0 for x in found]) if matrices_alone else spread([x[0] for x in found]) < 2
     assert standard[-1] > 2 * found[0][-1]
-    if name in ("sophia_g", "kronecker"):
+    if name in ("sophia_g", "sophia_h", "kronecker"):
         assert spread(win_rates) < 1.5
 
 

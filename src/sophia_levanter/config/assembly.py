@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sophia_levanter.config.groups import check_groups
-from sophia_levanter.config.transfer import gradient_scales, scale_matrix_rates, width_exponents
+from sophia_levanter.config.transfer import curvature_scales, gradient_scales, scale_matrix_rates, width_exponents
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -36,17 +36,17 @@ def build_optimizer(config: OptimizerConfig, num_train_steps: int, model: ModelC
     from sophia_levanter.optim import CautiousWeightDecay, Hyperball, ParameterGroups
     from sophia_levanter.optim._groups import ScaledGradients
 
-    scales = None
-    if model is not None and model.growth != (1, 1):
-        exponents = width_exponents(config, model, _build(config, num_train_steps))
-        config, scales = scale_matrix_rates(config, model, exponents), gradient_scales(model.growth)
+    growth = None if model is None or model.growth == (1, 1) else model.growth
+    if model is not None and growth is not None:
+        config = scale_matrix_rates(config, model, width_exponents(config, model, _build(config, num_train_steps)))
     if not config.cautious_weight_decay:
         optimizer = _build(config, num_train_steps)
     else:
         undecayed = replace(config, weight_decay=0.0, groups=())
         optimizer = CautiousWeightDecay(_build(undecayed, num_train_steps), **config.decay_arguments)
-    if scales is not None:
-        optimizer = ScaledGradients(optimizer, scales)
+    if growth is not None:
+        signed = getattr(optimizer.estimator, "signed", False)
+        optimizer = ScaledGradients(optimizer, gradient_scales(growth), curvature_scales(growth, signed=signed))
     if config.groups:
         optimizer = ParameterGroups(optimizer, tuple(config.parameter_groups), parameter_roles)
     return Hyperball(optimizer, hyperball_matrices) if config.hyperball else optimizer

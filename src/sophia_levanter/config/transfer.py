@@ -30,11 +30,13 @@ the norm of an update by lr in each coordinate is lr n, and that of Muon's updat
 In a Kronecker basis, the norm depends on the number of occupied coordinates, so a hyperball cannot be combined with it.
 
 Bounded updates depend on the scale of gradients through eps, and Sophia's also through rho. Gradients are therefore
-multiplied by s before they reach the optimizer, where s is n L in blocks and n elsewhere. Squared gradients (the GNB
-and empirical Fisher estimates) are multiplied by s^2. Hutchinson's estimate u * (H u), with one random probe u, is
-mostly noise from other coordinates, of size sqrt(n^2 (1 / n^2)^2) = 1 / n. It is therefore multiplied by s. Sophia's
-win rate is then the same as in the base model at the same batch size. Gradients are clipped (`trainer.max_grad_norm`)
-before this scaling. The gradient norm of matrices does not depend on n; that of embeddings scales as 1 / sqrt(n).
+multiplied by n L in blocks and by n elsewhere before they reach the optimizer, and squared gradients (the GNB and
+empirical Fisher estimates) by the squares of these factors. Hutchinson's estimate u * (H u), with one random probe u,
+is mostly noise from the other entries in a row of the Hessian. The largest are derivatives with respect to two matrices
+of the same block: n entries of size 1 / (n L). It is therefore multiplied by sqrt(n) L in blocks and by sqrt(n)
+elsewhere. Sophia's win rate is then the same as in the base model at the same batch size. Gradients are clipped
+(`trainer.max_grad_norm`) before this scaling. The gradient norm of matrices does not depend on n; that of embeddings
+scales as 1 / sqrt(n).
 
 Weight decay shrinks an array by a fraction lr wd in each step, at any width, because this determines how many steps
 weights remember (Wang and Aitchison 2024, arXiv 2405.13698), as in CompleteP. Both assume the base model's step count.
@@ -73,8 +75,8 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
     from sophia_levanter.optim._matrices import matrix_views
     from sophia_levanter.optim._trees import is_named
 
-    exponent = getattr(optimizer, "width_exponent", lambda inputs, outputs: None)
-    if exponent(1, 1) is None:
+    exponent: Any = getattr(optimizer, "width_exponent", None)
+    if exponent is None or exponent(1, 1) is None:
         raise InputError(
             f"model.parametrization is 'mup', but optimizer.type {config.get_choice_name(type(config))} does not "
             "define how its learning rate scales with width; define width_exponent() in "
@@ -128,13 +130,25 @@ def scale_matrix_rates(config: OptimizerConfig, model: ModelConfig, exponents: d
     return replace(config, groups=(*(scaled(*key, paths) for key, paths in members.items()), *rest))
 
 
-def gradient_scales(growth: Growth) -> Callable[[Any], Any]:
-    """Return a function that maps a transformer's parameters to a prefix tree with the scale s of their gradients."""
+Scales = Callable[[Any], Any]  # from a transformer's parameters to a prefix tree of factors
+
+
+def gradient_scales(growth: Growth) -> Scales:
+    """Return the factors on gradients: n L in blocks and n elsewhere."""
+    return _scales(growth.width * growth.depth, growth.width)
+
+
+def curvature_scales(growth: Growth, *, signed: bool) -> Scales:
+    """Return the factors on estimates of the curvature; `signed` is that of the estimator."""
+    n, depth = growth
+    return _scales(n**0.5 * depth, n**0.5) if signed else _scales((n * depth) ** 2, n**2)
+
+
+def _scales(in_blocks: float, elsewhere: float) -> Scales:
     import equinox as eqx
     import jax
 
     def scales(model: Any) -> Any:
-        outside = jax.tree.map(lambda _: growth.width, model)
-        return eqx.tree_at(lambda tree: tree.blocks, outside, growth.width * growth.depth)
+        return eqx.tree_at(lambda tree: tree.blocks, jax.tree.map(lambda _: elsewhere, model), in_blocks)
 
     return scales

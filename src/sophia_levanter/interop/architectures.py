@@ -214,7 +214,7 @@ class Gpt2Architecture(Architecture):
         def queries(name: str, array: np.ndarray) -> np.ndarray:
             if ".c_attn." not in name or config.query_factor == 1:
                 return array
-            factors = np.repeat(np.float32([config.query_factor, 1, 1]), array.shape[-1] // 3)  # queries, keys, values
+            factors = np.repeat(np.asarray([config.query_factor, 1, 1], np.float32), array.shape[-1] // 3)
             return (array * factors).astype(array.dtype)
 
         return {name: queries(name, array) for name, array in super().fold_factors(config, arrays).items()}

@@ -117,19 +117,19 @@ class ParameterGroups(OptimizerWrapper):
 
 
 class ScaledGradients(OptimizerWrapper):
-    """Wrapper that multiplies the gradient of each parameter by a scale s before passing it to an optimizer.
+    """Wrapper that multiplies gradients and curvature estimates by factors before passing them to an optimizer.
 
-    Curvature is multiplied by s^2, or by s if the estimator is `signed` (see `config.transfer`). For AdamW, this is
-    equivalent to using eps / s; for Sophia-G, to using eps / s and rho s. The state and metrics are those of the
-    wrapped optimizer, so the norms are computed from scaled gradients.
+    For AdamW, a factor s is equivalent to using eps / s; for Sophia-G with s^2 for the curvature, to eps / s and rho s.
+    The state and metrics are those of the wrapped optimizer, so the norms are computed from scaled gradients.
 
     Args:
         optimizer: an optimizer that implements the `Optimizer` protocol.
-        scales: a function that maps the parameters to a pytree of floats (or a prefix of one).
+        gradient_scales, curvature_scales: functions that map the parameters to a pytree of floats (or a prefix of one).
     """
 
     optimizer: Any
-    scales: Callable[[PyTree], PyTree[float]]
+    gradient_scales: Callable[[PyTree], PyTree[float]]
+    curvature_scales: Callable[[PyTree], PyTree[float]]
 
     def init(self, model: PyTree) -> Any:
         """Return the optimizer state before the first step."""
@@ -145,11 +145,14 @@ class ScaledGradients(OptimizerWrapper):
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
         """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer."""
-        scales = fit_prefix("scales", self.scales, trainable(model), lambda x: isinstance(x, float), "a float")
-        grads = jax.tree.map(lambda s, g: s * g, scales, trainable(grads))
+
+        def scaled(name: str, scales: Callable[[PyTree], PyTree[float]], tree: PyTree) -> PyTree:
+            factors = fit_prefix(name, scales, trainable(model), lambda x: isinstance(x, float), "a float")
+            return jax.tree.map(lambda s, x: s * x, factors, trainable(tree))
+
+        grads = scaled("gradient_scales", self.gradient_scales, grads)
         if h_hat is not None:
-            power = 1 if getattr(self.estimator, "signed", False) else 2
-            h_hat = jax.tree.map(lambda s, h: s**power * h, scales, trainable(h_hat))
+            h_hat = scaled("curvature_scales", self.curvature_scales, h_hat)
         return self.optimizer.update(grads, state, model, h_hat, finite=finite)
 
 
