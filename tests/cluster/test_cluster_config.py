@@ -213,7 +213,7 @@ def test_chips_hosts_and_memory_follow_from_that_table(generation):
 
 
 NO_KEY = "secrets lists MY_KEY, which is not set in the launcher's environment; export it first"
-NO_TOKEN = "auth is token, but RAY_AUTH_TOKEN is not set and {} was not found; export RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN"
+NO_TOKEN = "auth is 'token', but RAY_AUTH_TOKEN is not set and {} was not found; set RAY_AUTH_TOKEN, or set RAY_AUTH_TO"
 SLICE = {"zone": "us-central2-b", "accelerator": "v4-8"}
 
 
@@ -230,7 +230,7 @@ SLICE = {"zone": "us-central2-b", "accelerator": "v4-8"}
         # The hosts fetch it from Secret Manager.
         (GcloudCluster(secrets=("MY_KEY",), **SLICE), {}, None),
         (RayCluster(workers=1, auth="token", secrets=("MY_KEY",)), {"RAY_AUTH_TOKEN": "x"}, NO_KEY),
-        (RayCluster(workers=1, auth="token", secrets=("MY_KEY",)), {}, f"{NO_KEY}; and auth is token, but RAY_AUTH"),
+        (RayCluster(workers=1, auth="token", secrets=("MY_KEY",)), {}, f"{NO_KEY}; and auth is 'token', but RAY_AUTH"),
         (RayCluster(workers=1, auth="token"), {}, NO_TOKEN.format("~/.ray/auth_token")),
         (RayCluster(workers=1, auth="token"), {"RAY_AUTH_TOKEN_PATH": "no"}, NO_TOKEN.format("no")),
         (RayCluster(workers=1, auth="token"), {"RAY_AUTH_TOKEN_PATH": "token"}, None),

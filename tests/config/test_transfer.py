@@ -165,8 +165,8 @@ def test_the_factors_are_shown(monkeypatch):
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.basis_max_size", "32"),
-            "optimizer.basis_max_size rotates different sides of blocks.stacked.mlp.c_fc.weight (16 x 64) than in the "
-            "base model; with model.parametrization mup, set it to at least 64",
+            "optimizer.basis_max_size: blocks.stacked.mlp.c_fc.weight (16 x 64) is not rotated on the same sides as in "
+            "the base model; with model.parametrization mup, set it to at least 64",
         ),
         (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),

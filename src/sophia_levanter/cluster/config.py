@@ -209,8 +209,8 @@ class RayCluster(ClusterConfig):
             with problems:
                 if not file.expanduser().is_file():
                     raise InputError(
-                        f"auth is token, but RAY_AUTH_TOKEN is not set and {file} was not found; export "
-                        "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH with the path of the token's file"
+                        f"auth is 'token', but RAY_AUTH_TOKEN is not set and {file} was not found; set "
+                        "RAY_AUTH_TOKEN, or set RAY_AUTH_TOKEN_PATH to the path of the token file"
                     )
         problems.report()
 

@@ -112,7 +112,8 @@ def _do(what: str, place: Place, arguments: Arguments, numbers: dict[str, int]) 
 
     if match := _STEP_FOLDER.fullmatch(place.location):
         raise InputError(
-            f"{place.location} is a step; specify its folder {match[1]}, and step {int(match[2])} separately"
+            f"{place.location} is the folder of one step; specify its parent, {match[1]}, and the step, "
+            f"{int(match[2])}, separately"
         )
     steps = checkpoint.steps(place.location)
     if not steps:

@@ -68,7 +68,7 @@ class Declaration:
             raise InputError(f"{name} is {value}; it must be {self._range}")
         if self.steps and value >= 1 and not float(value).is_integer():
             raise InputError(
-                f"{name} is {value}; it must be an integer number of steps, or a fraction of the run below 1"
+                f"{name} is {value}; it must be an integer number of steps or a fraction of the run (less than 1)"
             )
 
     @property

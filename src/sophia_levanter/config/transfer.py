@@ -97,8 +97,8 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
             exponents[name] = exponent(inputs, outputs) + 0.5 * config.hyperball
             if exponent(inputs, outputs) != exponent(round(inputs / width), round(outputs / width)):
                 raise InputError(
-                    f"optimizer.basis_max_size rotates different sides of {name} ({inputs} x {outputs}) than in the "
-                    f"base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
+                    f"optimizer.basis_max_size: {name} ({inputs} x {outputs}) is not rotated on the same sides as in "
+                    f"the base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
                 )
     return exponents
 

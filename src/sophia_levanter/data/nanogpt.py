@@ -67,7 +67,7 @@ class _TokenFile:
 
     @property
     def status(self) -> list[int]:
-        """Numbers that change when the file is written to."""
+        """Device, inode, size and modification time, which show whether the file has been written to."""
         now = os.fstat(self._file.fileno())
         return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns]
 

@@ -293,7 +293,7 @@ class Trail:
 
     @property
     def place(self) -> Place:
-        """The current place."""
+        """The place in the source up to which its documents have been written."""
         return Place(
             self.position,
             self._tally,

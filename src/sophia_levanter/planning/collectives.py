@@ -195,7 +195,7 @@ def _sent(
 
 
 def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computation) -> tuple[str, float]:
-    """Return the kind of a collective between slices and the number of bytes that a device sends for it."""
+    """Return the type of an inter-slice collective and the number of bytes that each device sends for it."""
     if kind == "ONE_TO_ONE":
         return "collective-permute", _array_sent("", instruction, computation)
     kind = kind.lower().replace("_", "-")

@@ -36,8 +36,8 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     """Return whether there are checkpoints to resume from. Lock the directory, unless `directory.resume` is `never`.
 
     Raises:
-        InputError: if `directory.resume` is `never` but checkpoints exist, or if no checkpoints exist but
-            `directory.resume` is `always` or the run saved some earlier.
+        InputError: if `directory.resume` is `never` but checkpoints exist, or if there are no checkpoints although
+            `directory.resume` is `always` or the run has already saved one.
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
@@ -47,7 +47,7 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     if directory.resume == "never" and is_saved:
         raise InputError(
             f"trainer.checkpoint_dir {directory.checkpoints} already contains checkpoints; use --resume auto to "
-            "continue their run, or another --trainer.checkpoint_dir to start a new one"
+            "continue that run, or another --trainer.checkpoint_dir to start a new one"
         )
     if directory.resume == "always" and not is_saved:
         raise InputError(

@@ -88,7 +88,7 @@ def _same_text(a: Run, b: Run) -> bool:
 
 
 def _documents(facts: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """List the name and number of documents of each validation set, which do not depend on the tokenizer."""
+    """List each validation set's name and document count. Neither depends on the tokenizer."""
     return [(part.get("name"), part.get("documents")) for part in facts.get("sets", [facts])]
 
 

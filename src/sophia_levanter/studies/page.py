@@ -104,7 +104,7 @@ def _is_controlled(run: Run) -> bool:
 
 
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield cautions for grids: groups of three or more finished runs that differ only in their optimizer settings."""
+    """Yield warnings about grids, groups of three or more finished runs that differ only in optimizer settings."""
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.is_finished and math.isfinite(_last(run, "validation/loss")):

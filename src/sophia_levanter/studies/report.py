@@ -93,7 +93,7 @@ def _budget(records: Sequence[Record], shared: int) -> str:
 
 
 def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
-    """Yield cautions about the best point of each arm at its longest schedule."""
+    """Yield warnings about the best point of each arm at its longest schedule."""
     for arm in dict.fromkeys(cell.arm for cell in cells):
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)

@@ -1,4 +1,4 @@
-"""The argument of registered metrics, and checks on the results of registered metrics and callbacks."""
+"""The object passed to registered metrics, and checks on what registered metrics and callbacks return."""
 
 from __future__ import annotations
 
