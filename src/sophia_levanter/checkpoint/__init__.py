@@ -2,7 +2,7 @@
 
     DIRECTORY/step-00000010/manifest.json                                the list of arrays and files, with digests
     DIRECTORY/step-00000010/arrays/0003-model.head.weight/zarr.json
-    DIRECTORY/step-00000010/arrays/0003-model.head.weight/c.0.1          a chunk: one device's shard when it was saved
+    DIRECTORY/step-00000010/arrays/0003-model.head.weight/c.0.1          a chunk: one device's shard at save time
 
 On disk, a step is written as `step-00000010.partial-*` and renamed once it is complete. Before a step is removed, it is
 renamed to `step-00000010.removed-*`. In a bucket, each save has its own `arrays-*` folder, and a step exists once its

@@ -38,8 +38,8 @@ def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: i
     """Return the part of each array that a process writes. Hosts that hold the same shards share the work.
 
     Args:
-        arrays: the arrays, keyed by their paths in the tree; the same on every process. Each shard becomes a chunk.
-        process: the number of this process.
+        arrays: the arrays, keyed by path in the tree. All processes pass the same arrays. Each shard becomes a chunk.
+        process: the index of this process.
         num_processes: the number of processes.
 
     Raises:
@@ -65,7 +65,7 @@ def copied_to_host(arrays: Sequence[HostArray]) -> list[HostArray]:
 
 
 def box_of(index: Any, shape: Sequence[int]) -> Box:
-    """Return the part of an array selected by a tuple of slices, such as the index of a jax shard."""
+    """Convert a tuple of slices, such as the index of a jax shard, to a `Box`."""
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 
@@ -81,14 +81,14 @@ def _describe(number: int, path: str, array: Any) -> SavedArray:
             "for a random key, save jax.random.key_data(key)"
         )
     chunk_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
-    # The number makes names unique, even on case-insensitive disks. The rest makes them readable.
+    # The number makes names unique, even on case-insensitive file systems. The rest makes them readable.
     folder = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', path)[:150]}"
     chunks = tuple(max(1, size) for size in chunk_shape)
     return SavedArray(path, folder, array.shape, array.dtype.name, chunks, "", {})
 
 
 def _writers(arrays: Mapping[str, Any], num_processes: int) -> dict[str, dict[Box, int]]:
-    """Assign each chunk to a process that holds it, namely the one with the fewest bytes to write so far."""
+    """Assign each chunk to the process with the fewest bytes to write so far, among the processes that hold it."""
     load = [0] * num_processes
     writers: dict[str, dict[Box, int]] = {}
     # Assign large chunks first; small chunks even out the load.
@@ -108,7 +108,7 @@ def _chunk_bytes(array: Any) -> int:
 
 
 def _holders(array: Any) -> dict[Box, set[int]]:
-    """Return the processes that hold each distinct shard; empty for an array without elements."""
+    """Return the processes that hold each distinct shard, or an empty dict for an array without elements."""
     if array.size == 0:
         return {}
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
@@ -140,7 +140,7 @@ def _own_copy(part: Any) -> np.ndarray:
 # The number of chunks in flight: enough to keep a disk busy, but few enough to need little memory beyond the tree.
 WORKERS = 8
 HEADER = "zarr.json"
-CHECKSUM_BYTES = 4  # after the values in a chunk
+CHECKSUM_BYTES = 4  # appended to the values in each chunk by the crc32c codec
 
 Digests: TypeAlias = dict[str, dict[str, str]]  # keyed by the path of the array in the tree, then by file name
 
@@ -355,6 +355,6 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _slices(box: Box, within: Box | None = None) -> tuple[slice, ...]:
-    """Return the index of a part in the whole array, or in the part `within`."""
+    """Return the slices that select `box` from the whole array, or from the part `within`."""
     origins = [start for start, _ in within or whole([0] * len(box))]
     return tuple(slice(start - origin, stop - origin) for (start, stop), origin in zip(box, origins, strict=True))

@@ -52,7 +52,7 @@ class SavedArray:
         return ".".join(["c", *(str(start // size) for (start, _), size in zip(box, self.chunk_shape, strict=True))])
 
     def boxes(self) -> Iterator[Box]:
-        """Yield the part of the array in each chunk. All have the same size, because shards divide arrays evenly."""
+        """Yield the part of the array in each chunk. All parts have the same size: shards divide arrays evenly."""
         grid = (size // chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
         for index in np.ndindex(*grid):
             yield tuple((i * chunk, (i + 1) * chunk) for i, chunk in zip(index, self.chunk_shape, strict=True))
@@ -81,7 +81,7 @@ class Manifest:
         step: the number of steps taken.
         saved_at: the time of the save, in seconds since the Unix epoch.
         metadata: data about the run, as JSON.
-        folder: the folder next to the manifest that contains the arrays.
+        folder: the name of the folder of arrays, which is next to the manifest.
         arrays: the saved leaves.
     """
 
@@ -173,7 +173,7 @@ def _check(is_sound: bool, problem: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message without tensorstore's source locations, or the type of the error if it is empty."""
+    """Return an error's message without tensorstore's source locations, or the error's type if the message is empty."""
     return " ".join(str(error).split(" [source locations=")[0].split()) or type(error).__name__
 
 

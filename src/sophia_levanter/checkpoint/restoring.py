@@ -145,8 +145,8 @@ class Restored(Generic[Tree]):
     """The result of `restore`.
 
     Attributes:
-        tree: the tree.
-        step, metadata, run_id: the values that it was saved with.
+        tree: the restored tree.
+        step, metadata, run_id: the values that were saved with the tree.
     """
 
     tree: Tree
@@ -156,7 +156,7 @@ class Restored(Generic[Tree]):
 
 
 def steps(directory: Path | str) -> list[int]:
-    """Return the committed steps in a directory in ascending order; empty if the directory does not exist."""
+    """Return the committed steps in a directory in ascending order, or [] if the directory does not exist."""
     return storage_at(directory).steps()
 
 

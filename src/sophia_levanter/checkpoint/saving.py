@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Retention:
-    """The steps to keep after a save. Later steps, saved before the run rolled back, are always kept.
+    """The steps to keep after a save. Later steps, left over from before a rollback, are always kept.
 
     Attributes:
         last: keep this many of the newest steps.
@@ -121,13 +121,13 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
 
 
 class Saver:
-    """Saves steps while training continues. `save` returns once the arrays are copied, and a thread writes them.
+    """Saves steps while training continues. `save` returns once the arrays are copied; a background thread writes them.
 
     Args:
         directory: a path, or a `gs://` or `s3://` URL.
         run_id: the run's id.
         processes: the processes of the run, which must all make the same calls; by default, only this one.
-        on_failure: called with the error, in the thread, as soon as a save fails.
+        on_failure: called in the background thread as soon as a save fails, with the error.
 
     Attributes:
         saved: the path or URL of the last committed step; None before the first commit.
@@ -219,7 +219,7 @@ class _Save:
             outcome = self._write(stage)
             patience = PATIENCE + time.monotonic() - started
             if not self.processes.is_first:
-                self._gather(outcome, patience)  # a process other than the first only sends its outcome
+                self._gather(outcome, patience)  # sends the outcome to the first process
             self._by_first("commit", lambda: self._commit(stage, outcome, patience), patience)
             if self.number:
                 self.processes.forget(f"save/{self.number - 1}")

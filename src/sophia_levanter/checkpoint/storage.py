@@ -115,7 +115,7 @@ def step_name(step: int) -> str:
 
 
 class DiskStorage:
-    """A folder, created by the first save. A step is written under a temporary name and renamed once it is durable."""
+    """Storage in a folder, created by the first save. A step has a temporary name until it is complete and durable."""
 
     def __init__(self, path: Path) -> None:
         self.location = str(path)
@@ -214,7 +214,7 @@ class DiskStorage:
 
 
 class BucketStorage:
-    """A prefix in a bucket. A step exists once its manifest does; a conditional write lets only one save commit it.
+    """Storage under a bucket prefix. A conditional write of the manifest commits a step, so only one save succeeds.
 
     Each save writes its arrays under its own prefix, which is recorded in the manifest, so two saves never mix.
     """
