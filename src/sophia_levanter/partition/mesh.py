@@ -67,14 +67,14 @@ class Partition:
 
         Args:
             make: a function of arrays. A `jax.tree_util.Partial` of the same function and arguments compiles only once.
-            placed: its arguments, as returned by `place`.
+            placed: the arguments of `make`, as returned by `place`.
         """
         with self.active():
             return _init_sharded(self, make, placed)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make this partition the active one, which shards named axes. Trace and run steps inside this context."""
+        """Activate this partition, so that it shards named axes. Trace and run steps inside this context."""
         token = _active.set(self)
         try:
             with hax.partitioning.set_mesh(self.mesh), hax.axis_mapping(self.compute):
@@ -84,7 +84,7 @@ class Partition:
 
     @property
     def platform(self) -> str:
-        """The kind of device: `cpu`, `gpu` or `tpu`."""
+        """The platform of the devices: `cpu`, `gpu` or `tpu`."""
         return self.mesh.devices.flat[0].platform
 
     @property

@@ -114,14 +114,14 @@ def is_first_process() -> bool:
 
 
 def check_agreement(what: str, text: str) -> None:
-    """Check that all processes in a run have the same text. All processes must call this function together.
+    """Check that all processes in a run pass the same text. All processes must call this function together.
 
     Args:
         what: what the text describes, for the message.
         text: the text that must be the same everywhere.
 
     Raises:
-        InputError: on every process, if the texts differ.
+        InputError: on every process, if the text differs between processes.
     """
     if jax.process_count() == 1:
         return
@@ -144,12 +144,12 @@ def all_stop(step: int, signalled: bool) -> bool:
     return bool(multihost_utils.reached_preemption_sync_point(step))
 
 
-# Seconds that a process waits for another, in addition to the time that it spent on the same work itself.
+# Seconds to wait for other processes, in addition to the time that this process spent on the same work.
 PATIENCE = 120.0
 
 
 class NoAnswer(Exception):
-    """Raised if a process does not answer in time. The message is one line that contains the number of the process."""
+    """Raised if a process does not answer in time. The message is one line that names the process by its index."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Processes:
     """The processes in a run. Each message has a unique name, which is the same on all processes.
 
     Attributes:
-        index: the number of this process.
+        index: the index of this process, from 0.
         count: the number of processes.
     """
 
@@ -173,10 +173,10 @@ class Processes:
         return self.index == 0
 
     def gather(self, name: str, text: str, timeout: float) -> list[str]:
-        """Gather the texts of all processes on the first process. The others return an empty list without waiting.
+        """Gather one string per process on the first process. The others return an empty list without waiting.
 
         Raises:
-            NoAnswer: if a text does not arrive within `timeout` seconds.
+            NoAnswer: if a string does not arrive within `timeout` seconds.
         """
         if self.is_first:
             return [text, *(self._receive(f"{name}/{i}", i, timeout) for i in range(1, self.count))]
@@ -184,7 +184,7 @@ class Processes:
         return []
 
     def broadcast(self, name: str, text: str | None, timeout: float) -> str:
-        """Return the text of the first process on all processes. Texts from other processes are ignored.
+        """Return the first process's `text` on all processes. The `text` of the other processes is ignored.
 
         Raises:
             NoAnswer: if the text does not arrive within `timeout` seconds.
