@@ -80,7 +80,7 @@ class Architecture(abc.ABC):
         model_types: the values of `model_type` in `config.json` that identify the architecture.
         config_class: the class of the model's settings in this package.
         prefix: the prefix of all weight names except `lm_head.weight`.
-        layers: the name that precedes the number of a layer; in this package, it is `blocks`.
+        layers: the name that precedes the layer number in weight names; in this package, it is `blocks`.
         layout: the matrix layout: `conv1d` for [in, out], `linear` for torch.nn.Linear's [out, in].
         embedding: the name of the token embedding, without the prefix.
         always_has_biases: whether the model in transformers has biases even if the model in this package has none.
@@ -265,7 +265,7 @@ class LlamaArchitecture(Architecture):
         given.require("partial_rotary_factor", 1.0, "this model supports only 1.0")
         sizes = self.sizes(given)
         width, heads = sizes["hidden_size"], given.value("num_attention_heads", int, 32)
-        # Qwen3 has its own defaults for missing fields. A null field means the same as a missing field does for Llama.
+        # Qwen3 has its own defaults for missing fields. Null fields get Llama's defaults.
         kv_heads = 32 if qwen and "num_key_value_heads" not in given.values else heads
         head_size = 128 if qwen and "head_dim" not in given.values else width // heads
         return {

@@ -33,7 +33,7 @@ from sophia_levanter.interop.state_dict import BUFFERS, HEAD, plain_names
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # nanoGPT defines this epsilon in its code and does not save it in checkpoints.
 _NANOGPT_EPSILON = 1e-5
-# In exported folders, this package adds this field to config.json, and this file if the tokenizer was trained.
+# An export adds this field to config.json and, if the tokenizer was trained with train_tokenizer, this file.
 OWN_FIELD = "sophia_levanter"
 TOKENIZER_FILE = f"tokenizer{TRAINED_TOKENIZER}"
 _SCALED = "scale_attn_by_inverse_layer_idx"  # only in the Sophia authors' checkpoints

@@ -215,7 +215,7 @@ def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
-    """Remove the output head from `given`. Use it as a missing token embedding, or check that both are equal."""
+    """Remove the output head from `given`. It replaces a missing token embedding; otherwise, both must be equal."""
     head = given.pop(HEAD, None)
     array = given.setdefault(embedding, head)  # type: ignore[arg-type]
     if head is not None and not np.array_equal(head, array):
