@@ -28,8 +28,8 @@ STOPPING_PATIENCE = 0.5
 # The possible outcomes of verification on a process, from worst to best.
 FOUND = ("wrong", "failed", "unfinished", "compared")
 
-# The byte-bigram model adds SMOOTHING to each count, so that unseen pairs have a nonzero probability. It counts pairs
-# in BIGRAM_BYTES bytes, reading BIGRAM_TOKENS tokens at a time.
+# The byte-bigram model adds SMOOTHING to each count, so that unseen pairs have a nonzero probability. It counts the
+# pairs in the first BIGRAM_BYTES bytes, reading BIGRAM_TOKENS tokens at a time.
 SMOOTHING = 0.01
 BIGRAM_BYTES = 64 << 20
 BIGRAM_TOKENS = 1 << 20
@@ -118,7 +118,7 @@ class TrainBatches:
         corpus: the training tokens.
         seq_len: the number of predicted tokens in a sequence.
         batch_size: the number of sequences in a batch.
-        changes: the batch size changes, as `(step, batch size)` pairs in ascending order.
+        changes: the changes in batch size, as `(step, batch size)` pairs in ascending order.
         seed: the seed for shuffling.
 
     Raises:
@@ -238,7 +238,7 @@ class ValidationBatches:
             yield sequences, weights
 
     def token_sequences(self) -> Iterator[np.ndarray]:
-        """Yield the same sequences without padding, uint16 or uint32 [position], with 2 to `seq_len + 1` tokens."""
+        """Yield all sequences without padding, uint16 or uint32 [position], with 2 to `seq_len + 1` tokens."""
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 

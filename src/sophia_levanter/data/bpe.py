@@ -20,7 +20,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Train an encoding and return the rank of each token: first the 256 bytes, then merged tokens in merge order.
 
     Args:
-        texts: the training texts. One text at a time and the counts of distinct words are held in memory.
+        texts: the training documents. One document at a time and the counts of distinct words are held in memory.
         vocab_size: the number of tokens, including end-of-text. The result has fewer if no pairs are left to merge.
 
     Raises:
@@ -63,7 +63,7 @@ def save_bpe(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Yield texts until their total size reaches `limit` bytes. The last text is not truncated."""
+    """Yield documents until their total size reaches `limit` bytes. The last document is not truncated."""
     left = limit
     for text in texts:
         yield text

@@ -27,7 +27,7 @@ SHOWN_TOKENS = 16
 MIN_BYTES = 10  # shorter documents may match by chance, so they count only if all documents match
 REMEMBERED_TOKENS = 1 << 24  # results for smaller corpora are not cached
 DIGEST_BYTES = 8
-LEAK_VERSION = 1  # version of the comparison
+LEAK_VERSION = 1  # version of the comparison; cached results from other versions are ignored
 
 
 @dataclass(frozen=True)

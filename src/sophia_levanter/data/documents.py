@@ -50,7 +50,7 @@ class Source(ABC):
 
     @property
     def settings(self) -> list[Any]:
-        """A JSON value covering everything else that the documents depend on."""
+        """A JSON value covering everything that the documents depend on, except `parts`."""
         return [self.name, *self.rows.settings]
 
     @property
@@ -92,7 +92,7 @@ class Tally(NamedTuple):
 class Rows:
     """Converts the rows of a source to documents.
 
-    A row without text is an error or is skipped, depending on `data.bad_rows`. Empty texts are always skipped.
+    A row without text is an error or is skipped, depending on `data.bad_rows`. Empty rows are always skipped.
 
     Args:
         config: specifies the row field that contains the text, and the document separator.
@@ -253,8 +253,8 @@ class Split:
     """A split that holds out a fraction of the documents, in one pass that buffers at most one document.
 
     A hash of the text determines whether a document is held out. Documents added later therefore do not change the
-    split, and identical texts are on the same side. If one side would be empty, the document whose hash is closest to
-    that side moves there. If all documents are identical, only one is kept, and the end of its text is held out.
+    split, and identical documents are on the same side. If one side would be empty, the document whose hash is closest
+    to that side moves there. If all documents are identical, only one is kept, and the end of its text is held out.
 
     Args:
         fraction: the fraction to hold out, in (0, 1).
@@ -278,7 +278,7 @@ class Split:
         self._others = False
 
     def push(self, text: str) -> list[Side]:
-        """Add a non-empty text, and return the documents whose side is now decided."""
+        """Add a non-empty document, and return the documents whose side is now decided."""
         value = _hash(text)
         held_out = value < self._limit
         if self.is_settled:

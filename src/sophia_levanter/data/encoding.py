@@ -38,7 +38,7 @@ CONNECT_SECONDS = 10
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """The concatenated tokens of documents.
+    """The concatenated tokens of several documents.
 
     Attributes:
         tokens: [position], in the dtype of a token store, with an end-of-text token after each document.
@@ -84,7 +84,7 @@ def _tokenizer(module: str, name: str, fingerprint: str) -> Tokenizer:
 
 
 def encode_with(module: str, name: str, fingerprint: str, texts: Texts) -> Encoded:
-    """Call `encode` with a tokenizer that each process loads once by name. `module` defines its class.
+    """Call `encode` with a tokenizer that each process loads once by name. `module` defines the tokenizer's class.
 
     Raises:
         InputError: if the fingerprint differs because the tokenizer file has changed or differs between hosts.
@@ -143,8 +143,8 @@ def processes(count: int, tokenizer: Tokenizer) -> Iterator[Workers]:
 def _starting_workers() -> Iterator[None]:
     """Block Ctrl-C while processes are started, so that they never receive it. This process receives it afterwards.
 
-    The new processes do not import the main script either, because a script without an `if __name__ == "__main__"`
-    guard would train again.
+    Also keep the new processes from importing the main script, because a script without an
+    `if __name__ == "__main__"` guard would train again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     script = sys.modules["__main__"]
@@ -190,10 +190,10 @@ def encode_blocks(
     tokenizer: Tokenizer,
     workers: Callable[[], AbstractContextManager[Workers]] | None,
 ) -> Iterator[tuple[Any, Encoded]]:
-    """Encode blocks, and yield the mark and the tokens of each block, in order.
+    """Encode blocks, and yield the (mark, tokens) pair of each block, in order.
 
     Args:
-        blocks: the mark and the texts of each block. About two blocks per worker are held in memory.
+        blocks: (mark, texts) pairs; each mark is passed through. About two blocks per worker are held in memory.
         tokenizer: the tokenizer.
         workers: returns a context manager for `Workers`, which is not entered if there are only a few blocks. If None,
             this process encodes the blocks.

@@ -18,8 +18,8 @@ from sophia_levanter.errors import InputError
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 PARQUET_ROWS = 256  # rows read at once
-PIECE_BYTES = 1 << 20  # how much of a JSON array, or of a text with separators, is read at once
-# In each pair, the first pattern precedes an element of a JSON array, and the second pattern ends the array.
+PIECE_BYTES = 1 << 20  # how much of a JSON array, or of text with separators, is read at once
+# In each pair, the first pattern matches the text before an element of a JSON array, and the second the array's end.
 ARRAY_FIRST = re.compile(r"\s*\[\s*(?=[^\s\]])"), re.compile(r"\s*\[\s*\]\s*\Z")
 ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
@@ -34,7 +34,7 @@ class FileSource(Source):
 
     The format of a file is detected from its content (see `format_of`). JSON lines and JSON arrays contain one document
     per object, Parquet files contain one per row, and any other file is a single UTF-8 document. In Python's standard
-    library, each module is a document, decoded according to its encoding declaration. Texts are split at
+    library, each module is a document, decoded according to its encoding declaration. Text is split at
     `data.document_separator`, if it is set.
 
     Args:

@@ -21,7 +21,7 @@ from sophia_levanter.errors import InputError
 
 LOOK_BYTES = 1 << 16
 LOOK_LINES = 5
-LOOK_LINE_BYTES = 1 << 24  # a file with a longer first line is a single text, unless its name indicates JSON
+LOOK_LINE_BYTES = 1 << 24  # a file with a longer first line is one document, unless its name indicates JSON
 PARQUET_MAGIC = b"PAR1"
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 # Longer marks come first, because the UTF-32LE mark begins with the UTF-16LE mark.
@@ -204,7 +204,7 @@ def format_of(opened: OpenFile, text_field: str) -> Format:
     begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
     is_named_json = Format.JSON_LINES in named
     if begin[:1] == b"[" and is_named_json:
-        # Both a JSON array and JSON lines may begin with a list.
+        # The bracket may begin a JSON array, or a list in the first of several JSON lines.
         if _first_of_lines(opened):
             return Format.JSON_LINES
         if Format.JSON_ARRAY in named or begin[1:].lstrip()[:1] in (b"{", b"]"):

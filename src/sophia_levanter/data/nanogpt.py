@@ -290,7 +290,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_meta(path: Path, where: str) -> dict[Any, Any]:
-    """Return the content of nanoGPT's `meta.pkl`, which is empty if the file does not exist."""
+    """Return the content of nanoGPT's `meta.pkl`, or an empty dict if the file does not exist."""
     try:
         meta = _PlainUnpickler(io.BytesIO(read_regular(path, META_BYTES))).load()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""How documents are packed into sequences, and how many attention pairs `data.mask_documents` removes."""
+"""Statistics on how documents fill sequences, and on the attention pairs that `data.mask_documents` removes."""
 
 from __future__ import annotations
 

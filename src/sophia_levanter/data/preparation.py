@@ -1,4 +1,4 @@
-"""Preparation of token stores from documents, in one process at a time. A killed preparation can be resumed."""
+"""Preparation of token stores from documents, in one process at a time. An interrupted preparation can be resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.files import sync, write_atomically
 
-BLOCK_CHARACTERS = 1 << 18  # the size of an encoded block, rounded up to whole records
+BLOCK_CHARACTERS = 1 << 18  # the size of a block of text to encode, rounded up to whole records
 REPORT_SECONDS = 5.0
 PARTIAL = ".partial"
 TALLY_NAME = "tally.json"  # next to the stores: the row counts, and the name of the finished directory
@@ -211,7 +211,7 @@ class Preparation:
         return None
 
     def _blocks(self, begun: Place | None) -> Iterator[tuple[tuple[Place | None, InputError | None], Texts]]:
-        """Yield blocks of texts, each with the place after it. A block consists of whole records.
+        """Yield blocks of text, each with the place after it. A block consists of whole records.
 
         The place is None while the split buffers a document. If the source cannot be read any further, the error is
         yielded with the last block.
@@ -240,7 +240,7 @@ class Preparation:
                     size += len(own)
         except InputError as error:
             kept = place()
-            # The empty digest makes the next process compare the documents in the file even if it appears unchanged.
+            # The empty digest makes the next process compare the file's documents even if the file appears unchanged.
             yield (kept and replace(kept, file=""), error), texts
             return
         for held_out, own in split.finish():
@@ -349,7 +349,7 @@ def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     with _naming_cache_dir(base.parent):
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete directory
+        shutil.rmtree(target, ignore_errors=True)  # any existing directory is incomplete
         partial.rename(target)
         sync(target.parent)
     return target

@@ -104,7 +104,7 @@ class TextSource(DataSource):
 
     @abstractmethod
     def identity(self) -> Any:
-        """Return a JSON value that changes when the documents change, such as the sizes and times of files.
+        """Return a JSON value that changes when the documents change, such as file sizes and modification times.
 
         The value need not contain the name of the source.
         """
@@ -302,7 +302,7 @@ class DatasetSource(Source):
 def _may_be_shown(error: Exception) -> bool:
     """Return whether an error message is safe to print. Messages from network libraries may contain a proxy password.
 
-    The check is indirect, because datasets raise many classes of errors from four libraries.
+    The check is indirect, because `datasets` raises many classes of errors from four libraries.
     """
     return isinstance(error, ValueError) or type(error).__module__.startswith("datasets.")
 
@@ -335,7 +335,7 @@ class TokenFile(DataSource):
 
 @DataSource.register_subclass("store")
 class PreparedStore(DataSource):
-    """`store:FOLDER`: a token store, or the training and validation stores of a split text."""
+    """`store:FOLDER`: a token store, or a folder with one store for training and one for validation."""
 
     holds = "prepared text"
 

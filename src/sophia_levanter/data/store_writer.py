@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 class ArrayWriter:
     """Appends to the one-dimensional zarr3 array at `path`, holding one shard in memory.
 
-    Each shard is a file that appears only once it is complete. To resume after a kill, create a writer with the
+    Each shard is a file that appears only once it is complete. To resume in another process, create a writer with the
     `num_written` and `tail` from any earlier time. Appending the same values then produces the same files.
 
     Args:
@@ -127,7 +127,7 @@ class ArrayWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the tail to a file. Do not append anything after a tail shorter than a shard."""
+        """Write the tail to a file. If the tail is shorter than a shard, do not append anything afterwards."""
         if not self._filled:
             return
         end = self.length
@@ -293,7 +293,7 @@ class Trail:
 
     @property
     def place(self) -> Place:
-        """The place in the source up to which its documents have been written."""
+        """The place after the document that was added last."""
         return Place(
             self.position,
             self._tally,

@@ -20,13 +20,13 @@ PYTHON_STDLIB = "python_stdlib"
 TRAINED_TOKENIZER = ".tiktoken"  # suffix of a saved byte-pair encoding
 NOT_STDLIB_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-# The suffixes of files that are read from a folder. Uncompressed .json files are skipped: they may be configurations.
+# The suffixes of the files read from a folder. Uncompressed .json files are skipped: they may be configuration files.
 KINDS = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 DATASET_MARKS = ("state.json", "dataset_dict.json")
 # Metadata folders, and the suffixes of leftovers from editors and downloads.
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
-# The names that fsspec uses for properties that change when a file changes.
+# The names in fsspec of the file properties that reveal a modified or replaced file.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
@@ -92,7 +92,7 @@ def _suffixes(name: str) -> tuple[str, str | None]:
 
 
 def _is_of_folder(name: str) -> bool:
-    """Return whether files with this name are read from a folder, ignoring any backup or partial-download suffix."""
+    """Return whether a folder source includes files with this name, ignoring any backup or partial-download suffix."""
     kind, compression = _suffixes(_own_name(name))
     return kind in KINDS or (kind == ".json" and compression is not None)
 

@@ -25,11 +25,11 @@ FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 TOKENS, DOCUMENT_ENDS = "tokens", "document_ends"
 RESULTS = "results"  # subfolder of the cache directory, with results for large corpora
-SIDES = ("train", "validation")  # the stores of a split text
+SIDES = ("train", "validation")  # the two stores of a source that is split
 IN_MEMORY_BYTES = 1 << 30  # smaller stores are read once and kept in memory
 CACHE_BYTES = 1 << 26  # for shard indices and chunks of larger stores
 READ_TOKENS = 1 << 22  # tokens per read when a whole corpus is read
-MOST_READS = 3  # attempts at reading tokens whose files keep changing
+MOST_READS = 3  # attempts to read tokens whose files keep changing
 
 
 class Tokens(ABC):
@@ -259,7 +259,7 @@ class TokenStore(Tokens):
         return self._files()
 
     def _files(self) -> dict[str, list[int]]:
-        """Return, for each token file, numbers that change when it is written to; empty for a store at a URL."""
+        """Return the inode, size and timestamps of each token file, or an empty dict for a store at a URL."""
         if "://" in self.location:
             return {}
         found = {}
