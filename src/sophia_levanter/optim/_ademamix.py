@@ -95,7 +95,7 @@ class AdEMAMix(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def updated(
     sophia: AbstractSophia, grads: PyTree, state: SophiaState, params: PyTree, finite: Bool[Array, ""]
 ) -> tuple[PyTree, SophiaState]:
-    """Return the step to add to the parameters and the next state. P projects into the basis of h.
+    """Return the step to add to the parameters, and the next state. P projects into the basis of h.
 
     m     <- b1 m + (1 - b1) g
     u     <- clip(P m / max(rho h, eps), -1, 1)                            m and h bias-corrected
@@ -56,7 +56,7 @@ def updated(
 def refreshed(sophia: AbstractSophia, state: SophiaState, h_hat: PyTree, finite: Bool[Array, ""]) -> SophiaState:
     """Return the state after a refresh, which is skipped unless the estimate and the gradient of the step are finite.
 
-    h <- b2 h + (1 - b2) h_hat. The basis, if any, is then rotated with h, and the controller, if any, sets rho.
+    h <- b2 h + (1 - b2) h_hat. Then the basis, if any, is rotated along with h, and the controller, if any, sets rho.
     """
     averaged = jax.tree.map(sophia.curvature.next, state.curvature, h_hat)
     # Check h instead of the estimate, to also detect values that overflow the dtype of h.

@@ -66,7 +66,7 @@ class Momentum(eqx.Module):
     Args:
         b1: decay rate, in [0, 1).
         bias_correct: whether the update uses the bias-corrected m / (1 - b1^count).
-        dtype: dtype of m; None uses the parameter dtypes. The average is computed in the wider dtype, that of m or g.
+        dtype: dtype of m; None uses the parameter dtypes. The average is computed in the wider dtype of m and g.
     """
 
     b1: Scalar = eqx.field(default=0.965, converter=python_number)
@@ -94,7 +94,7 @@ class Curvature(eqx.Module):
     Args:
         b2: decay rate, in [0, 1).
         interval: number of updates between refreshes, at least 1.
-        initial_refreshes: number of steps at the start of training that all refresh the curvature. Early on, h averages
+        initial_refreshes: the first `initial_refreshes` steps all refresh the curvature, because early on h averages
             few estimates and the model changes quickly.
         bias_correct: whether the update uses the bias-corrected h / (1 - b2^refreshes). Without the correction, as in
             the paper, h takes 1 / (1 - b2) refreshes to reach 63% of its value, and until then the steps are too large.

@@ -74,7 +74,7 @@ class OptaxOptimizer(eqx.Module):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, BaselineState]:
-        """Return the step to add to the model and the next state, given the gradient of the mean loss.
+        """Return the step to add to the model, and the next state, given the gradient of the mean loss.
 
         If the gradient is not finite, the step is zero and only the counts in the state advance. `finite` states
         whether it is finite; if None, this is checked. `h_hat` must be None; it exists for loops that also run Sophia.
@@ -120,9 +120,9 @@ class OptaxOptimizer(eqx.Module):
         """Return None, because the optimizer does not use curvature."""
 
     def width_exponent(self, inputs: int, outputs: int) -> float | None:
-        """Return the power of the width with which a matrix's learning rate scales.
+        """Return e such that muP scales the learning rate of a matrix as width^e.
 
-        This is used by `model.parametrization: mup`, which rejects optimizers that return None, as this class does.
+        `model.parametrization: mup` rejects optimizers that return None, as this class does.
 
         Args:
             inputs, outputs: the dimensions of the matrix.
@@ -186,7 +186,7 @@ class AdamW(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
@@ -221,7 +221,7 @@ class Lion(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
@@ -258,10 +258,10 @@ ITERATIONS = 5
 
 
 class Muon(OptaxOptimizer):
-    """Muon (Jordan et al. 2024), scaled and decayed as in Liu et al. 2025 (arXiv 2502.16982).
+    """Muon (Jordan et al. 2024), with the update scale and weight decay of Liu et al. 2025 (arXiv 2502.16982).
 
     The step for an in x out matrix is learning_rate * 0.2 * sqrt(max(in, out)) times its Nesterov momentum,
-    orthogonalised by five Newton-Schulz iterations. These bring the singular values to between about 0.7 and 1.2, not
+    orthogonalized by five Newton-Schulz iterations. These bring the singular values to between about 0.7 and 1.2, not
     exactly to 1. All other parameters are updated by AdamW with Nesterov momentum and the same learning rate. The state
     and the steps are the same as in `optax.contrib.muon`.
 
@@ -270,16 +270,16 @@ class Muon(OptaxOptimizer):
         beta: decay rate of the momentum of matrices, in [0, 1).
         b1: decay rate of the first moment of the other parameters, in [0, 1).
         b2: decay rate of the second moment of the other parameters, in [0, 1).
-        eps: added to the square root of that second moment, and to the norm by which a matrix is initially divided.
+        eps: added to the square root of the second moment, and to the norm by which a matrix is initially divided.
         weight_decay: decoupled weight decay of all parameters, multiplied by the learning rate.
         weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
             None, weight decay applies to all leaves.
         matrices: a pytree (or a prefix of one), or a function that maps the parameters to one. Its leaves are
             `optax.contrib.MuonDimensionNumbers`, which specify the input (reduction) and output axes of a parameter to
-            orthogonalise, or None for other parameters. Any further axes enumerate matrices. If `matrices` is None,
+            orthogonalize, or None for other parameters. Any further axes enumerate matrices. If `matrices` is None,
             every leaf with two axes is a matrix, including embeddings.
         momentum_dtype: dtype of the momentum and the first moment; None uses the parameter dtypes.
-        mesh_axis: mesh axis over which to divide the orthogonalisation; if None, every device does all of it.
+        mesh_axis: mesh axis over which to divide the orthogonalization; if None, every device does all of it.
         gradient_transform: an optax transformation applied to the gradient first, or None.
 
     Raises:
@@ -333,7 +333,7 @@ class Muon(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
@@ -344,7 +344,7 @@ class Muon(OptaxOptimizer):
 def scale_by_muon(
     views: Sequence[MatrixView], beta: Scalar, eps: Scalar, momentum_dtype: Any = None, mesh_axis: str | None = None
 ) -> optax.GradientTransformation:
-    """Orthogonalise Nesterov momentum and multiply it by 0.2 sqrt(max(in, out)), with the same state as in optax.
+    """Orthogonalize Nesterov momentum and multiply it by 0.2 sqrt(max(in, out)), with the same state as in optax.
 
     Args:
         views: the matrix view of each parameter, in leaf order.

@@ -34,7 +34,7 @@ class AbstractSquaredGradient(eqx.Module):
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
 
-    # Use properties instead of `AbstractVar`s, which type checkers would order before the likelihood.
+    # Use properties: type checkers would put `AbstractVar`s before `likelihood` in the constructor of a subclass.
     @property
     @abc.abstractmethod
     def reduction(self) -> str: ...
@@ -151,11 +151,11 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
     @property
     def gradients(self) -> float:
-        """The cost of an estimate in gradients: 2/3 with an extra backward pass (sharing the forward pass), else 0."""
+        """The cost of an estimate in gradient computations: 2/3 for a backward pass without a forward pass, else 0."""
         return 2 / 3 if self.extra_pass else 0.0
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """Return the gradient of a step and an estimate, using one forward pass."""
+        """Compute both the gradient of a step and an estimate in one forward pass."""
         return step.shared_gradient(self) if self.extra_pass else step.replaced_gradient(self)
 
     def from_sampled_loss(
@@ -251,7 +251,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
         """Compute B * g^2 on the true targets.
 
         Args:
-            loss_fn: model, or (model, microbatch), -> (mean loss on the true targets, their number B).
+            loss_fn: model or (model, microbatch) -> (mean loss on the true targets, their number B).
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
             key: a JAX random key, used only by other estimators.
@@ -259,7 +259,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
         return _estimate(self, "loss_fn", lambda *args: loss_fn(*args[:-1]), model, microbatches, key)
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
-        """Return the gradient of a step and an estimate, using the same passes."""
+        """Compute both the gradient of a step and an estimate in the same passes."""
         return step.shared_gradient(self)
 
 

@@ -65,7 +65,7 @@ def split_microbatches(
 
 
 def num_microbatches(microbatches: PyTree) -> int:
-    """Return the size of the first axis.
+    """Return the number of microbatches, which is the size of the first axis.
 
     Raises:
         ValueError: if the size differs between arrays, or if the tree has no arrays.
@@ -217,7 +217,7 @@ def accumulate(
 
 
 class RefreshStep(eqx.Module):
-    """A step that refreshes the curvature. The estimator determines which passes are made.
+    """A step that refreshes the curvature. The estimator determines which passes are run.
 
     Attributes:
         losses_fn: as for `value_grad_and_curvature`.
@@ -244,7 +244,7 @@ class RefreshStep(eqx.Module):
     def shared_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
         """Compute the loss and gradient over the whole batch, and an estimate on `first`, in the same forward pass.
 
-        Sampled targets require a second backward pass. If `first` is not part of the batch, a separate pass is made.
+        Sampled targets require a second backward pass. If `first` is not part of the batch, a separate pass is run.
 
         Args:
             estimator: an estimator with `samples_targets`, `accumulated` and `finished`, such as `GaussNewtonBartlett`.
@@ -271,7 +271,7 @@ class RefreshStep(eqx.Module):
             )
         sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
         h_hat = estimator.finished(sums.curvature, sums.num_targets)
-        # If the estimate is not finite, initialise the gradient to nan, so that the step is skipped (_once_complete).
+        # If the estimate is not finite, initialize the gradient to nan, so that the step is skipped (_once_complete).
         zero = jnp.where(all_finite(h_hat), 0.0, jnp.nan)
         zeros = jax.tree.map(lambda p: jnp.full_like(p, zero, dtype=wide_dtype(p)), trainable(self.model))
         nothing = GradientSums(jnp.zeros_like(sums.loss), jnp.zeros_like(sums.num_targets), zeros, None)
@@ -333,8 +333,8 @@ def value_grad_and_curvature(
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
     """Compute the mean loss, its gradient and a curvature estimate, in the same passes as the trainer.
 
-    With `GaussNewtonBartlett`, the estimate costs one extra backward pass, or none with `extra_pass=False`. The method
-    `losses` of the estimator computes the three results of `losses_fn` from the outputs of a model. This keeps two
+    With `GaussNewtonBartlett`, the estimate costs one extra backward pass, or none with `extra_pass=False`. The
+    estimator's `losses` method computes the three results of `losses_fn` from the outputs of a model. This keeps two
     cotangents of the outputs in memory; for a large vocabulary, write a `losses_fn` that applies the head to the final
     hidden states in blocks and computes both losses in one pass (as `sophia_levanter.models.loss` does).
 
@@ -343,7 +343,7 @@ def value_grad_and_curvature(
             drawn from the model's own distribution, their number B). `Hutchinson` uses only the first and the third.
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
-        key: a JAX random key for the sampled targets, or the probe.
+        key: a JAX random key for the sampled targets or the probe.
         estimator: the curvature estimator, such as `optimizer.estimator_at(state)`.
         curvature_microbatches: the number of leading microbatches used to estimate the curvature; None uses all.
 

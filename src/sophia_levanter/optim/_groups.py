@@ -21,7 +21,7 @@ Roles: TypeAlias = PyTree[str] | Callable[[PyTree], PyTree[str]] | None
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Settings for a group of parameters, selected by a regular expression for their paths or by their role.
+    """Settings for a group of parameters, which are selected by path (with a regular expression) or by role.
 
     Attributes:
         match: a regular expression to search for in parameter paths, such as `wte|wpe` or `attention.*weight`.
@@ -30,7 +30,7 @@ class ParameterGroup:
         role: a role assigned to parameters by `roles`, such as `embedding`; an alternative to `match`.
 
     Raises:
-        ValueError: unless exactly one of `match` and `role` is given, or if the expression is invalid or a number is
+        ValueError: if `match` and `role` are both given or both missing, the expression is invalid, or a number is
             negative.
 
     Examples:
@@ -104,7 +104,7 @@ class ParameterGroups(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer."""
+        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
         updates, after = self.optimizer.update(grads, state, model, h_hat, finite=finite)
         factors = self.learning_rate_factors(model)
         scaled = jax.tree.map(lambda u, r: u if r == 1 else (r * u).astype(u.dtype), updates, factors)
@@ -119,8 +119,8 @@ class ParameterGroups(OptimizerWrapper):
 class ScaledGradients(OptimizerWrapper):
     """Wrapper that multiplies gradients and curvature estimates by factors before passing them to an optimizer.
 
-    For AdamW, a factor s is equivalent to using eps / s; for Sophia-G with s^2 for the curvature, to eps / s and rho s.
-    The state and metrics are those of the wrapped optimizer, so the norms are computed from scaled gradients.
+    For AdamW, scaling by s is equivalent to using eps / s. For Sophia-G, scaling the curvature by s^2 as well is
+    equivalent to using eps / s and rho s. The wrapped optimizer computes its state and metrics from scaled values.
 
     Args:
         optimizer: an optimizer that implements the `Optimizer` protocol.
@@ -144,7 +144,7 @@ class ScaledGradients(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer."""
+        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
 
         def scaled(name: str, scales: Callable[[PyTree], PyTree[float]], tree: PyTree) -> PyTree:
             factors = fit_prefix(name, scales, trainable(model), lambda x: isinstance(x, float), "a float")
@@ -164,7 +164,7 @@ def group_weight_decay(
     Args:
         groups: as for `ParameterGroups`.
         rate: the weight decay of parameters whose weight decay is not set by a group.
-        mask: where `rate` applies. If a group sets the weight decay, it applies to all parameters in the group.
+        mask: where `rate` applies. A weight decay set by a group applies to all parameters in the group.
         roles: as for `ParameterGroups`.
     """
     decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]

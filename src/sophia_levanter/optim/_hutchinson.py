@@ -41,7 +41,7 @@ class AbstractHutchinson(eqx.Module):
     signed: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
 
-    # Use properties instead of `AbstractVar`s, which type checkers would order before the likelihood.
+    # Use properties: type checkers would put `AbstractVar`s before `likelihood` in the constructor of a subclass.
     @property
     @abc.abstractmethod
     def probe(self) -> str: ...
@@ -55,7 +55,7 @@ class AbstractHutchinson(eqx.Module):
     def coordinates(self) -> Coordinates: ...
 
     def changes_of_basis(self, num_microbatches: int) -> int:
-        """Return the number of projections: each probe is projected out of the basis, and its product into it."""
+        """Return the number of projections: u is projected back from the basis, and M u into it, for each probe."""
         return 2 * self.num_probes
 
     def _check(self) -> None:
@@ -71,7 +71,7 @@ class AbstractHutchinson(eqx.Module):
     ) -> PyTree:
         """Average u * (M u) over the probes, in float32 or wider.
 
-        `product` maps (u, microbatch, index) to M u for the microbatch, multiplied by its weight, and to the weight.
+        `product(u, microbatch, index)` returns M u for the microbatch, multiplied by its weight, and that weight.
         """
 
         def one(key: Key[Array, ""], _: Any) -> PyTree:
@@ -150,7 +150,7 @@ class Hutchinson(AbstractHutchinson):
 
     @property
     def gradients(self) -> float:
-        """The cost of an estimate in gradients; each probe requires a gradient and its derivative."""
+        """The cost of an estimate in gradient computations; each probe requires a gradient and its derivative."""
         return 2.0 * self.num_probes
 
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:

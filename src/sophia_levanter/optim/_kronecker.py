@@ -29,7 +29,7 @@ class Factor(NamedTuple):
     vectors: Float[Array, "matrix n n"]
 
 
-# Two factors for each parameter leaf that is a matrix, and None for all other leaves and for sides without rotation.
+# Two factors for each leaf that is a matrix, or None for any other leaf. The factor of a side without rotation is None.
 BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
 
 
@@ -99,7 +99,7 @@ class KroneckerBasis(eqx.Module):
         return tuple(None if view is None else factors(view, leaf) for view, leaf in leaves)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales: -1, plus 1/2 per rotated side."""
+        """Return e such that muP scales the learning rate of a matrix as width^e: -1, plus 1/2 per rotated side."""
         return -1 + 0.5 * (inputs <= self.max_size) + 0.5 * (outputs <= self.max_size)
 
     def at(self, state: BasisState) -> Coordinates:
@@ -155,7 +155,7 @@ def _iterated(moment: Array, vectors: Array) -> tuple[Array, Array]:
     # Gradients are small, so products of their moments would underflow in float32.
     scaled = moment / jnp.where(known, size, 1)
     # Decompose one matrix at a time: on CPUs, a batched QR waits for threads from the pool that it runs in. With
-    # several batches per step or several devices, all threads may wait, which is a deadlock (jaxlib 0.10.2).
+    # several batches per step or several devices, all threads may wait and deadlock (jaxlib 0.10.2).
     after = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], scaled @ vectors)
     after = jnp.where(known, after, vectors)
     return after, jnp.square(_transposed(after) @ vectors)

@@ -1,7 +1,7 @@
 """Likelihoods: distributions of targets given model outputs, with methods to sample targets and compute their losses.
 
-Gauss-Newton-Bartlett uses both: the Gauss-Newton matrix is the expected outer product of the loss gradient, with
-targets drawn from the model itself (arXiv 2305.14342, section 2.3). Any object with these methods is a likelihood.
+Gauss-Newton-Bartlett uses both: the Gauss-Newton matrix is the expected outer product of the loss gradient with itself,
+for targets drawn from the model (arXiv 2305.14342, section 2.3). Any object with these methods is a likelihood.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Categorical(eqx.Module):
         num_classes: the number of classes; any further logits are padding, which is never drawn. None for no padding.
 
     Raises:
-        ValueError: when used, if the logits have no such axis.
+        ValueError: from the methods, if the logits have no such axis.
 
     Examples:
         >>> f"{Categorical().loss(jnp.zeros((1, 4)), jnp.asarray([2]))[0]:.4f}"  # log 4
@@ -179,7 +179,7 @@ class _Elementwise(eqx.Module):
 
 
 class Bernoulli(_Elementwise):
-    """Bernoulli likelihood of a binary target, given the logit of 1. The loss is sigmoid cross-entropy.
+    """Bernoulli likelihood of a binary target, given the logit of P(target = 1). The loss is sigmoid cross-entropy.
 
     Args:
         event_ndim: the number of trailing axes to sum over for the loss of one target (1 for outputs [row, label] if

@@ -1,4 +1,4 @@
-"""Views of parameters as matrices, and the distribution of work on matrices over devices."""
+"""Views of parameters as matrices, and functions that divide the work on matrices among devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Matrices: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 
 @jax.tree_util.register_static
 class MatrixView:
-    """A parameter with any number of axes, viewed as in x out matrices.
+    """View of a parameter with any number of axes as one or more [in, out] matrices.
 
     Attributes:
         shape: the parameter's shape.
@@ -48,7 +48,7 @@ class MatrixView:
     def stack(self, x: Array) -> Array:
         """Reshape an array from the parameter's shape to [matrix, inputs ..., outputs ...].
 
-        The result can be sharded in the same way as the parameter, but an array [matrix, in, out] often cannot.
+        The result can be sharded like the parameter, which is often impossible for an array [matrix, in, out].
         """
         x = jnp.transpose(x, self._order)
         return x.reshape(self.sizes[0], *x.shape[len(self.shape) - self._sides :])
@@ -72,8 +72,8 @@ def by_matrix(
     shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
 
     Args:
-        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work without a mesh, outside
-            `jit`, if the mesh does not have this axis, or if the type of the axis is not `AxisType.Auto`.
+        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work outside `jit`, or if no
+            mesh is set, the mesh does not have this axis, or the type of the axis is not `AxisType.Auto`.
         function: a function that processes each matrix independently.
         items: pytrees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
@@ -115,7 +115,7 @@ def by_matrix(
 
 
 def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
-    """Return a view of each leaf that is a matrix and None for all others, in leaf order; see `matrices_tree`."""
+    """Return the view of each leaf, or None if it is not a matrix, in leaf order; see `matrices_tree`."""
     leaves, structure = jax.tree.flatten(params)
     entries = structure.flatten_up_to(matrices_tree(matrices, params))  # type: ignore[attr-defined]
     return [

@@ -70,7 +70,7 @@ class _NormControl(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, NormControlState]:
-        """Return the step to add to the model and the next state. Arguments and errors are those of the optimizer.
+        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer.
 
         Raises:
             TypeError: if the state is not a `NormControlState`.
@@ -93,7 +93,7 @@ class Hyperball(_NormControl):
     use the optimizer's step unchanged. So do zero matrices, because they have no direction.
 
     Weight decay on these matrices would only rotate u, so set the `weight_decay_mask` of the optimizer to
-    `hyperball_weight_decay(matrices, mask)`. Wrap `ParameterGroups` directly: its factors apply to the learning rate.
+    `hyperball_weight_decay(matrices, mask)`. Wrap `ParameterGroups` directly, so that its factors scale the angle.
 
     Args:
         optimizer: an optimizer that implements the `Optimizer` protocol.
@@ -161,7 +161,7 @@ def hyperball_weight_decay(matrices: Matrices, mask: WeightDecayMask = None) -> 
 
     Args:
         matrices: as for `Hyperball`.
-        mask: where weight decay applies to the other parameters.
+        mask: the `weight_decay_mask` for the other parameters.
 
     Examples:
         >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}

@@ -25,7 +25,7 @@ def agreeing(step: Float[Array, "..."], grad: Float[Array, "..."]) -> Float[Arra
     """Keep the coordinates of a step that descend the gradient, and scale them up to compensate for the others.
 
     u <- u [u g > 0] / max(mean [u g > 0], 1e-3), where the mean is over the array and u is subtracted from the
-    parameters (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags behind if a gradient changes sign.
+    parameters (cautious steps, Liang et al. 2024, arXiv 2411.16085). Momentum lags behind a gradient that changes sign.
     """
     agrees = step * grad > 0
     return jnp.where(agrees, step / jnp.maximum(jnp.mean(agrees), SMALLEST_SHARE), 0).astype(step.dtype)

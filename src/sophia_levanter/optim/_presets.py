@@ -36,9 +36,9 @@ _AUTHORS: dict[str, Any] = _PAPER | {
 class SophiaG(AbstractSophia):
     """Sophia with the Gauss-Newton-Bartlett estimator; h is never negative. See `AbstractSophia` for the arguments.
 
-    `estimate(outputs_fn, model, key=key)` takes a function that returns the model's outputs, such as logits, and
-    returns B * g^2 for B targets drawn from the model's own distribution (arXiv 2305.14342, Algorithm 2). The
-    `GaussNewtonBartlett` estimator specifies the likelihood (categorical by default) and how to combine microbatches.
+    `estimate(outputs_fn, model, key=key)` returns B * g^2 for B targets drawn from the model's own distribution (arXiv
+    2305.14342, Algorithm 2), where `outputs_fn` computes the model's outputs, such as logits. The `GaussNewtonBartlett`
+    estimator specifies the likelihood (categorical by default) and how to combine microbatches.
 
     Examples:
         >>> params = {"w": jnp.asarray([[0.5, -0.5]])}
@@ -55,16 +55,16 @@ class SophiaG(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """Use the paper's settings: no bias correction, averaging gradients before squaring, clipping to norm 1."""
+        """Return the paper's Sophia-G: no bias correction, averaging before squaring, gradients clipped to norm 1."""
         estimator = GaussNewtonBartlett(reduction="average_then_square")
         return _reproduced(0.05, _PAPER | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
 
     @staticmethod
     def authors(**overrides: Any) -> ReproducedSophia:
-        """Use the settings of the authors' code: rho h + eps, refreshes after steps 9, 19, ..., both gradients clipped.
+        """Return the Sophia-G of the authors' code.
 
-        The update matches theirs up to rounding if the estimate passed after step 9 is computed on a separate batch
-        with the parameters after that step.
+        The denominator is rho h + eps, refreshes follow steps 9, 19, ..., and both gradients are clipped. Updates match
+        theirs up to rounding if each estimate is computed on a separate batch with the parameters after its step.
         """
         estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
         return _reproduced(0.05, _AUTHORS | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
@@ -73,8 +73,8 @@ class SophiaG(AbstractSophia):
 class SophiaH(AbstractSophia):
     """Sophia with Hutchinson's estimator; where h is negative, the step is the sign of m. See `AbstractSophia`.
 
-    `estimate(loss_fn, model, key=key)` takes a function that returns the scalar mean loss, and returns u * (H u) (arXiv
-    2305.14342, Algorithm 1). The estimator is a `Hutchinson`, which specifies the type and number of probes.
+    `estimate(loss_fn, model, key=key)` returns u * (H u) (arXiv 2305.14342, Algorithm 1), where `loss_fn` computes the
+    scalar mean loss. The `Hutchinson` estimator specifies the type and number of probes.
 
     Examples:
         >>> h_hat = SophiaH().estimate(lambda w: jnp.sum(w**2), jnp.ones(2), key=jax.random.key(0))
@@ -88,7 +88,7 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def paper(**overrides: Any) -> ReproducedSophia:
-        """Use the paper's settings: no bias correction, Gaussian probes, gradients clipped to norm 1."""
+        """Return the paper's Sophia-H: no bias correction, Gaussian probes, gradients clipped to norm 1."""
         return _reproduced(
             0.01, _PAPER | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
         )
@@ -104,14 +104,14 @@ class SophiaH(AbstractSophia):
 
     @staticmethod
     def optax(**overrides: Any) -> ReproducedSophia:
-        """Match `optax.contrib.sophia` (0.2.8): m corrected, h used before each refresh, eps 1e-8, decay 1e-4."""
+        """Match `optax.contrib.sophia` 0.2.8: uncorrected h, refreshes after updates, eps 1e-8, weight decay 1e-4."""
         settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "estimator": Hutchinson()}
         return _reproduced(0.01, settings | late | overrides)
 
     @staticmethod
     def levanter(**overrides: Any) -> ReproducedSophia:
-        """Match the intended `sophia-h` of Levanter (commit 0251ebf): m corrected, refreshes after steps 9, 19, ...."""
+        """Match Levanter's intended `sophia-h` (commit 0251ebf): uncorrected h, refreshes after steps 9, 19, ..."""
         settings: dict[str, Any] = {"b1": 0.96, "b2": 0.99, "eps": 1e-12, "weight_decay": 0.1, "interval": 10}
         late: dict[str, Any] = {"bias_correct_curvature": False, "refresh_order": "after", "first_refresh": 9}
         return _reproduced(0.01, settings | late | {"estimator": Hutchinson("gaussian")} | overrides)
@@ -130,7 +130,7 @@ class ReproducedSophia(AbstractSophia):
 
     Args:
         denominator: `max` for max(rho h, eps); `add` for rho h + eps, which reverses the step where rho h < -eps.
-        refresh_order: whether h is refreshed `before` or `after` the update if an estimate is passed to `update`.
+        refresh_order: whether an estimate passed to `update` refreshes h `before` or `after` the step is computed.
         first_refresh: the first step at which a refresh is due.
         allow_reversed: whether `add` may be combined with an estimator for which `signed` is True.
 
@@ -176,7 +176,7 @@ class ReproducedSophia(AbstractSophia):
         return updates, state
 
     def refresh_due(self, step: int) -> bool:
-        """Return whether an estimate is due, based only on the step number; evaluated on the host."""
+        """Return whether an estimate is due, judging only by the step number. This runs on the host."""
         return super().refresh_due(step - self.choices.first_refresh)
 
 
@@ -199,7 +199,7 @@ def sophia_g(
     bias_correct_momentum: bool = True,
     bias_correct_curvature: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return Sophia as an optax transformation; its hyper-parameters are arguments, for `optax.inject_hyperparams`.
+    """Return Sophia as an optax transformation whose hyper-parameters can be set by `optax.inject_hyperparams`.
 
     The arguments are those of `AbstractSophia`. Sophia-H differs only in rho (0.01) and in its estimates. Use a
     separate `SophiaG` to decide when and how to estimate. If `weight_decay_mask` is a function, list it in

@@ -19,7 +19,7 @@ class Estimator(Protocol):
     """An estimator of the diagonal of the curvature, for use in training loops.
 
     Attributes:
-        gradients: the cost of an estimate on its part of the batch, in gradients (a forward and a backward pass each).
+        gradients: the cost of an estimate on its part of the batch; one forward and one backward pass cost 1.
         forward_mode: whether the loss must have a forward-mode derivative.
     """
 
@@ -74,7 +74,7 @@ class Optimizer(Protocol[State]):
         ...
 
     def estimator_at(self, state: State) -> Any:
-        """Return the estimator in the basis of a state."""
+        """Return the estimator for the basis stored in a state."""
         ...
 
     def update(
@@ -86,7 +86,7 @@ class Optimizer(Protocol[State]):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, State]:
-        """Return the step to add to the model (`eqx.apply_updates`) and the next state.
+        """Return the step to add to the model (with `eqx.apply_updates`), and the next state.
 
         If the gradient is not finite, the step is zero and only the counts in the state change. `finite` states whether
         it is finite; if None, this is checked. `h_hat` is a new curvature estimate, if one was due.
@@ -94,7 +94,7 @@ class Optimizer(Protocol[State]):
         ...
 
     def refresh_due(self, step: int) -> bool:
-        """Return whether a curvature estimate is due at this step; evaluated on the host."""
+        """Return whether a curvature estimate is due at this step. This runs on the host."""
         ...
 
     def metrics(self, state: State, num_targets: float | Float[Array, ""] | None = None) -> dict[str, Float[Array, ""]]:
@@ -111,7 +111,7 @@ class Optimizer(Protocol[State]):
 
 
 class OptimizerWrapper(eqx.Module):
-    """Base class that forwards to a wrapped optimizer. `learning_rate` excludes the factors of the wrapper."""
+    """Base class for optimizer wrappers. `learning_rate` is that of the wrapped optimizer, without group factors."""
 
     optimizer: eqx.AbstractVar[Any]
 

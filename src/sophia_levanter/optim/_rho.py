@@ -46,10 +46,10 @@ class WinRateController(eqx.Module):
     Args:
         target: the desired win rate, in (0, 1).
         initial: rho before the first measurement, above 0.
-        gain: how fast log(rho) responds, above 0. With a gain of 2, a win rate that is 0.1 too low multiplies rho by
+        gain: response rate of log(rho), above 0. With a gain of 2, a win rate that is 0.1 too low multiplies rho by
             1.22, and each refresh closes about 40% of the gap on GPT-2 nano; with a gain of 0.5, rho lagged behind
             (win rate 0.24 instead of 0.3).
-        span: rho is kept between initial / span and initial * span; above 1.
+        span: a number above 1; rho is kept between initial / span and initial * span.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -76,7 +76,7 @@ class WinRateController(eqx.Module):
         return jnp.asarray(self.initial, jnp.float32)
 
     def at(self, rho: Float[Array, ""], count: Any) -> Float[Array, ""]:
-        """Return rho for the next update, which is the state itself."""
+        """Return rho for the next update; the state is rho itself."""
         return rho
 
     def next(self, rho: Float[Array, ""], win_rate: Any) -> Float[Array, ""]:

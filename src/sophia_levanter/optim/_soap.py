@@ -94,7 +94,7 @@ class Soap(OptaxOptimizer):
         )
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
@@ -118,7 +118,7 @@ def scale_by_soap(
         count = optax.safe_increment(state.count)
         new_basis, nu = jax.lax.cond(
             rotation_due(state.count, interval),
-            lambda new_basis, nu: basis.rotated(new_basis, nu),  # JAX hashes branches, and a pytree is not hashable
+            lambda new_basis, nu: basis.rotated(new_basis, nu),  # not the bound method, which JAX cannot hash
             lambda new_basis, nu: (new_basis, nu),
             basis.update_moments(state.basis, grads),
             state.nu,

@@ -69,8 +69,8 @@ class AbstractSophia(eqx.Module):
         weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
             None, weight decay applies to all leaves.
         estimator: called by `estimate` as estimator(function, model, microbatches, key=key) -> h_hat.
-        basis: a `KroneckerBasis` in which h is diagonal and steps are clipped for matrices; None for the original
-            coordinates. Every refresh updates the basis with the momentum.
+        basis: a `KroneckerBasis` for matrices, in which h is diagonal and steps are clipped; None for the original
+            coordinates. Every refresh updates the basis from the momentum.
         gradient_transform: an optax transformation applied to the gradient first, such as
             `optax.clip_by_global_norm(1.0)`, or None.
         cautious: whether to zero the coordinates in which the step ascends the current gradient, and to scale up the
@@ -183,14 +183,14 @@ class AbstractSophia(eqx.Module):
         """Estimate the diagonal of the curvature. The result is structured like the trainable part of the model.
 
         Args:
-            function: a function of the model, or of the model and a microbatch. It returns the outputs for `SophiaG`
-                (logits [..., classes] for the categorical likelihood), and the scalar mean loss for `SophiaH`.
+            function: a function of the model, or of the model and a microbatch. For `SophiaG`, it returns the outputs
+                (logits [..., classes] for the categorical likelihood); for `SophiaH`, the scalar mean loss.
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...] to process one at a time; None for a single pass.
-            key: a JAX random key for the sampled targets, or the probe.
+            key: a JAX random key for the sampled targets or the probe.
             weights: for `SophiaG`, the weight of each target in the mean loss (0 excludes the target); for `SophiaH`,
                 the weight of each microbatch.
-            state: the optimizer state to compute the estimate for; required only with a `basis`.
+            state: the optimizer state, which contains the basis; required only with a `basis`.
 
         Raises:
             ValueError, TypeError: as raised by the estimator and by `estimator_at`.
@@ -202,7 +202,7 @@ class AbstractSophia(eqx.Module):
         return self.estimator_at(state)(function, model, microbatches, key=key, **given)
 
     def estimator_at(self, state: SophiaState | None) -> Any:
-        """Return an estimator of the diagonal in the basis of a state, or `estimator` itself without a `basis`.
+        """Return an estimator of the diagonal in the basis of a state, or `estimator` itself if `basis` is None.
 
         Raises:
             ValueError: if the optimizer has no estimator, or has a basis but no state is given.
@@ -237,8 +237,8 @@ class AbstractSophia(eqx.Module):
             grads: the gradient, structured like the trainable part of the model.
             state: the state before the step.
             model: the model before the step.
-            h_hat: an estimate that refreshes the curvature before the update.
-            finite: whether the gradient is finite; if None, it is checked.
+            h_hat: a curvature estimate. If given, h is refreshed with it before the update.
+            finite: whether the gradient is finite; if None, this is checked.
 
         Returns:
             The step to add to the model (`eqx.apply_updates`) and the next state.
@@ -285,7 +285,7 @@ class AbstractSophia(eqx.Module):
         return refreshed(self, state, trainable(h_hat), check_flag("finite", True if finite is None else finite))
 
     def refresh_due(self, step: int) -> bool:
-        """Return whether an estimate is due, based only on the step number; evaluated on the host.
+        """Return whether an estimate is due, judging only by the step number. This runs on the host.
 
         An estimate is also due if `state.refresh_pending` is True. Reading it makes the host wait for the device, so
         read it only after steps with an estimate.
@@ -297,11 +297,11 @@ class AbstractSophia(eqx.Module):
     ) -> dict[str, Float[Array, ""]]:
         """Return float32 scalars that describe a state after an update.
 
-        `win_rate` is the fraction of coordinates whose step is not clipped: h > 0 and |m| below the denominator, with m
-        and h corrected as in the update. `curvature_nonpositive` is the fraction with h <= 0. The norms are global
-        2-norms of the stored m and h. `rho` is the value used by the last update or, with a controller, its current
-        value, which a refresh changes. `skipped_updates` and `skipped_refreshes` are counts. If `steps_since_refresh`
-        exceeds `interval`, an estimate was due but not given; without estimates, Sophia reduces to sign descent.
+        `win_rate` is the fraction of coordinates whose step is not clipped: h > 0 and |m| below the denominator, both
+        as used in the update. `curvature_nonpositive` is the fraction with h <= 0. The norms are global 2-norms of the
+        stored m and h. `rho` is the value used by the last update or, with a controller, the current value, which
+        changes at each refresh. `skipped_updates` and `skipped_refreshes` are counts. If `steps_since_refresh` exceeds
+        `interval`, an estimate was due but not given; without estimates, Sophia reduces to sign descent.
 
         Args:
             state: a state after an update.
@@ -321,7 +321,7 @@ class AbstractSophia(eqx.Module):
         return unclipped(self, state)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return the power of the width with which a matrix's learning rate scales."""
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
@@ -338,7 +338,7 @@ class AbstractSophia(eqx.Module):
         """Return Sophia as an optax transformation; `update` takes the estimate as an extra argument `h_hat`.
 
         It works in `optax.chain`, `optax.multi_transform`, `optax.apply_if_finite` and similar wrappers. Call
-        `estimate` outside the transformation, in steps for which `refresh_due` is True.
+        `estimate` outside the transformation, at steps for which `refresh_due` is True.
         """
         return as_optax(self)
 

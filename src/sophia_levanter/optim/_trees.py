@@ -59,7 +59,7 @@ def num_coordinates(tree: PyTree) -> float:
 
 
 def decay_mask_tree(mask: WeightDecayMask, params: PyTree) -> PyTree[bool | float]:
-    """Return, for every leaf of `params`, whether weight decay applies or the factor to multiply it by.
+    """Return, for every leaf of `params`, whether weight decay applies, or the factor by which to multiply its rate.
 
     Args:
         mask: a pytree of bools or factors (or a prefix of one), or a function that maps the parameters to one. None
