@@ -36,12 +36,12 @@ def causal_attention(
 
     Args:
         query: [..., position, heads, head_size].
-        key, value: the same, or [..., position, kv_heads, head_size] if several query heads share each of these heads.
+        key, value: the same, or [..., position, kv_heads, head_size] if several query heads share a key-value head.
         implementation: `blocked`, `xla`, `cudnn` or `splash`, or `auto` to choose one for the device and arrays.
         dropout: dropout rate of the attention weights.
         dropout_key: a JAX random key; None for no dropout.
-        document_starts: int32 [..., position], the start of the document at each position; all positions before that
-            start are masked. If None, no earlier position is masked.
+        document_starts: int32 [..., position], the position at which the document of each token starts; all positions
+            before it are masked. If None, no earlier position is masked.
 
     Returns:
         [..., position, heads, head_size], in the dtype of the query.
@@ -121,7 +121,7 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Arra
 
     Args:
         q, k, v: [batch, heads, position, head_size], with any number of positions.
-        starts: int32 [batch, position], the start of the document at each position; None to mask no earlier position.
+        starts: int32 [batch, position], `document_starts` as for `causal_attention`.
 
     Returns:
         [batch, heads, position, head_size] in the query's dtype; scores and weights are float32 or wider.
@@ -269,7 +269,7 @@ class Requirements:
         dtype: dtype of the queries, keys and values.
         positions, head_size: sizes of these axes.
         split_positions: whether positions are split over devices.
-        dropout: whether attention weights are dropped.
+        dropout: whether dropout is applied to attention weights.
         documents: whether attention stops at document boundaries.
     """
 
@@ -318,7 +318,7 @@ def _why_not(name: str, required: Requirements) -> str | None:
         if required.head_size % 8 or required.head_size > 128:
             return f"requires a head size that is a multiple of 8 and at most 128, not {required.head_size}"
         if required.documents:
-            # JAX's cuDNN attention accepts a mask but no segment ids; it turns the mask into a bias as large as scores.
+            # JAX's cuDNN attention accepts masks but no segment ids, and a mask becomes a bias as large as the scores.
             return "does not support document masking (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
         return f"requires a number of positions that is a multiple of 128, not {required.positions}"

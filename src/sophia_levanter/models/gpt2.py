@@ -33,7 +33,7 @@ class Attention(eqx.Module):
         )
 
     def project(self, x: NamedArray, layer: NamedArray) -> tuple[NamedArray, NamedArray, NamedArray]:
-        """Compute queries, keys and values, each [..., heads, head_size]. Any layer scale is applied to the queries."""
+        """Compute queries (scaled by layer, if configured), keys and values, each [..., heads, head_size]."""
         qkv = linear(self.c_attn, x)
         query, keys, values = (part["qkv", 0] for part in qkv.split("qkv", [Axis("qkv", 1)] * 3))
         if self.config.scale_attn_by_inverse_layer_idx:
@@ -92,7 +92,7 @@ class Gpt2(Transformer):
 
     Attributes:
         config: the model configuration.
-        vocab_size: number of classes that can be predicted.
+        vocab_size: vocabulary size without padding.
         wte: token embedding and output head, [vocab (padded), embed].
         wpe: position embedding, [position, embed].
         blocks: the blocks, stacked over [layers].
@@ -108,14 +108,14 @@ class Gpt2(Transformer):
 
     @staticmethod
     def init(config: Gpt2Config, *, vocab_size: int, key: jax.Array) -> Gpt2:
-        """Initialise the weights as in GPT-2.
+        """Initialize the weights as in GPT-2.
 
-        The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
-        divided by sqrt(2 layers). Biases are 0, and norm weights are 1.
+        Weights are drawn from a normal distribution with standard deviation `initializer_range`, divided by
+        sqrt(2 layers) for projections into the residual stream. Biases are 0, and norm weights are 1.
 
         Args:
             config: the model configuration.
-            vocab_size: number of classes that can be predicted.
+            vocab_size: vocabulary size without padding.
             key: a JAX random key.
         """
         k_wte, k_wpe, k_blocks = jax.random.split(key, 3)

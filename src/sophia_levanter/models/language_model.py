@@ -31,7 +31,7 @@ class LanguageModel(eqx.Module):
 
     Attributes:
         config: the model configuration.
-        vocab_size: number of classes that can be predicted.
+        vocab_size: vocabulary size without padding.
     """
 
     config: eqx.AbstractVar[ModelConfig]
@@ -52,7 +52,7 @@ class LanguageModel(eqx.Module):
     def hidden_in_documents(
         self, tokens: NamedArray, document_starts: NamedArray | None, key: jax.Array | None
     ) -> NamedArray:
-        """Compute `final_hidden` for rows with several documents, restarting attention and positions in each document.
+        """Compute `final_hidden` for rows with several documents, restarting attention and positions at each document.
 
         A model that defines this method must also override `attention_on` in its configuration.
 
@@ -118,10 +118,10 @@ class LanguageModel(eqx.Module):
     def losses(
         self, batch: Batch, *, samples: NamedArray | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Compute the summed next-token losses on true and on sampled labels, without materialising all logits.
+        """Compute the summed next-token losses on true and on sampled labels, without materializing all logits.
 
         Args:
-            batch: [batch, position].
+            batch: a batch of sequences, [batch, position].
             samples: [batch, position] float32 uniforms for drawing labels, or int labels; None for no second loss.
             key: a JAX random key for dropout; None for no dropout.
 
@@ -215,7 +215,7 @@ class LanguageModel(eqx.Module):
         """Return an empty cache for rows without tokens.
 
         Args:
-            Batch: the row axis, `batch`.
+            Batch: the row axis, named `batch`.
         """
         return hax.zeros((Batch, self.config.Pos), jnp.int32)
 
@@ -248,17 +248,17 @@ class LanguageModel(eqx.Module):
 
 
 def decay_mask(model: LanguageModel) -> PyTree:
-    """Return `model.weight_decay_mask()`, as a function that can be passed to optimizers."""
+    """Return `model.weight_decay_mask()`. Pass this function to an optimizer as its mask."""
     return model.weight_decay_mask()
 
 
 def matrix_axes(model: LanguageModel) -> PyTree:
-    """Return `model.matrix_axes()`, as a function that can be passed to optimizers."""
+    """Return `model.matrix_axes()`. Pass this function to an optimizer as its `matrices`."""
     return model.matrix_axes()
 
 
 def parameter_roles(model: LanguageModel) -> PyTree:
-    """Return `model.parameter_roles()`, as a function that can be passed to optimizers."""
+    """Return `model.parameter_roles()`. Pass this function to `ParameterGroups` as its `roles`."""
     return model.parameter_roles()
 
 
@@ -270,7 +270,7 @@ def hyperball_matrices(model: LanguageModel) -> PyTree:
 
 
 def paths_on_hyperball(model: LanguageModel) -> set[str]:
-    """Return the paths of arrays whose matrices have a norm fixed by `Hyperball`, such as `blocks.mlp.c_fc.weight`.
+    """Return the paths of arrays whose matrix norms `Hyperball` keeps constant, such as `blocks.mlp.c_fc.weight`.
 
     The model may be abstract.
     """

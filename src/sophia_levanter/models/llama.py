@@ -105,7 +105,7 @@ class Llama(Transformer):
 
     Attributes:
         config: the model configuration.
-        vocab_size: number of classes that can be predicted.
+        vocab_size: vocabulary size without padding.
         embed_tokens: token embedding, [vocab (padded), embed].
         blocks: the blocks, stacked over [layers].
         norm: the final norm.
@@ -121,14 +121,14 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """Initialise the weights as in GPT-2.
+        """Initialize the weights as in GPT-2.
 
-        The weights are normal with standard deviation `initializer_range`, and projections into the residual stream are
-        divided by sqrt(2 layers). Norm weights are 1.
+        Weights are drawn from a normal distribution with standard deviation `initializer_range`, divided by
+        sqrt(2 layers) for projections into the residual stream. Norm weights are 1.
 
         Args:
             config: the model configuration.
-            vocab_size: number of classes that can be predicted.
+            vocab_size: vocabulary size without padding.
             key: a JAX random key.
         """
         k_embed, k_blocks, k_head = jax.random.split(key, 3)

@@ -1,6 +1,6 @@
 """Next-token cross-entropy in blocks of positions, so that the logits of a whole batch are never in memory at once.
 
-While the logits of a block are in memory, the forward pass also computes how the block contributes to the gradients of
+While the logits of a block are in memory, the forward pass also computes the block's contribution to the gradients of
 the hidden states and the head; the backward pass only scales these gradients. The same forward pass can also draw
 labels from the model's own distribution and compute their gradients, as required for Gauss-Newton-Bartlett.
 """
@@ -170,7 +170,7 @@ def _one_block(
 def _draw(logits: jax.Array, samples: jax.Array) -> jax.Array:
     if jnp.issubdtype(samples.dtype, jnp.integer):
         return samples
-    # Draw row by row: for a vectorised draw, the TPU compiler materialises several logits-sized temporaries.
+    # Draw row by row: for a vectorized draw, the TPU compiler materializes several logits-sized temporaries.
     return jax.lax.map(lambda row: sample_categorical(*row), (jax.lax.stop_gradient(logits), samples))
 
 

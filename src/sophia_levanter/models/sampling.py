@@ -37,7 +37,7 @@ def generate(
     number of rows is a multiple of the number of devices.
 
     Args:
-        model: a trained model in the dtype to compute in; a sharded model requires the context of its partition.
+        model: a trained model in the compute dtype; if it is sharded, its partition must be active.
         prompts: at least one token each; only the last `seq_len` tokens are used.
         num_tokens: the maximum number of tokens for each prompt.
         keys: JAX random keys, [prompt].
@@ -78,7 +78,7 @@ def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     Args:
         logits: [..., vocab].
-        sampling: as in transformers, tokens as likely as the k-th are kept, and so is the token that reaches `top_p`.
+        sampling: the settings; as in transformers, ties for rank k are kept, and so is the token that reaches `top_p`.
 
     Returns:
         float32 [..., vocab], divided by the temperature; -inf for tokens that cannot be drawn.
@@ -97,7 +97,7 @@ def restricted(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 class _Rows:
-    """The prompts with the tokens drawn so far, and the cache."""
+    """Generation state: each prompt with the tokens drawn so far, and the cache."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Rows:
         self._seq_len = model.config.seq_len
         documents = (_last_document(list(map(int, prompt)), document_end) for prompt in prompts)
         self._contexts = [document[-self._seq_len :] for document in documents]
-        # Arrays on this host also work if the model spans several hosts.
+        # Keep the keys as NumPy arrays, which also work if the model spans several hosts.
         self._keys = np.asarray(jax.random.key_data(keys))
         self._Batch = Axis("batch", len(self._contexts))
         self._cache = _empty(model, self._Batch)
@@ -181,7 +181,7 @@ def _draw(
     number: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, Any]:
-    """Draw the next token of each row, int32 [batch] on every device, given `tokens` at `positions`."""
+    """Draw the next token of each row given `tokens` at `positions`; int32 [batch], replicated on every device."""
     logits, cache = model.decode_step(cache, tokens, positions)
     drawn = _drawn(logits.rearrange(("batch", "vocab")).array, keys, number, sampling)
     return hax.shard(hax.named(drawn, "batch"), {}).array, cache

@@ -167,7 +167,7 @@ class Transformer(LanguageModel):
 
     def empty_cache(self, Batch: Axis) -> Cache:
         config = self.config
-        # Put the position axis after the heads: on CPUs, the other order slows attention over many rows tens of times.
+        # Put the position axis after the heads: on CPUs, attention over many rows is tens of times slower otherwise.
         axes = (config.Layers, Batch, config.KVHeads, config.Pos, config.HeadSize)
         zeros = hax.zeros(axes, self.head_weights().dtype)
         return hax.auto_sharded(Cache(zeros, zeros))
@@ -239,7 +239,7 @@ def checkpointed(policy: str, function: Callable[..., Any]) -> Callable[..., Any
     """Return the function with gradient checkpointing.
 
     Args:
-        policy: `none` recomputes nothing but gathers split parameters again; `full` keeps no intermediate results;
+        policy: `none` keeps all results and only gathers split parameters again; `full` keeps no intermediate results;
             `dots` keeps the results of matrix products, except in attention, where they are quadratic in the number of
             positions; `offload` keeps the same results in host memory.
     """
