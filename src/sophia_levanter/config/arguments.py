@@ -1,4 +1,4 @@
-"""Parse the command lines of all commands. Slow imports are avoided, so that mistakes are reported immediately."""
+"""Command-line parsing for all commands. Avoids slow imports, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sophia_levanter.errors import InputError
 
-PLUGINS = "--plugins"  # the only field without a section
+PLUGINS = "--plugins"  # the option for the only field outside a section
 
 
 @dataclass
@@ -53,7 +53,7 @@ def whole_number(name: str, text: str) -> int:
 
 
 def chosen(given: Sequence[str], verbs: Collection[str]) -> tuple[str, list[str]]:
-    """Split a command line into a verb and the verb's arguments.
+    """Split a command line into a verb, such as `train`, and the arguments that follow it.
 
     Raises:
         InputError: if the verb is missing or unknown; the message suggests the nearest verb.

@@ -200,7 +200,7 @@ def _put_on_top(root: type, settings: Layer, layer: Layer) -> Layer:
     settings = _without_other_kind(before.fields, settings, layer)
     for path, registry in before.choices.items():
         key = _join(path, choice_key(registry))
-        if path in layer and isinstance(layer[path].value, str):  # `schedule: linear`
+        if path in layer and isinstance(layer[path].value, str):  # the type alone, as in `schedule: linear`
             layer = {key if name == path else name: setting for name, setting in layer.items()}
         old = before.sections[path]
         if key in layer and (new := _chosen(registry, key, layer, dataclasses.MISSING)) is not old:

@@ -1,4 +1,4 @@
-"""Parse the command line of a training run into a TrainConfig, and format its help text. Slow imports are avoided."""
+"""Parse the command line of a training run into a TrainConfig, and format its help text. Avoids slow imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data settings. Slow imports are avoided, so that command lines are checked immediately."""
+"""Data settings. Avoids slow imports, so that command lines are checked immediately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sophia_levanter.files import check_utf8
 
 @dataclass(frozen=True)
 class MixturePart(Settings):
-    """A training text in a mixture."""
+    """One source of training data in a mixture."""
 
     section: ClassVar[str] = "data.train"
 
@@ -24,11 +24,11 @@ class MixturePart(Settings):
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """The training and validation texts, and how they are tokenized.
+    """The training and validation data, and how to tokenize it.
 
     Raises:
-        InputError: if a value is out of bounds, a mixture is given without a validation text, or a validation set has
-            an invalid name.
+        InputError: if a value is out of bounds, a mixture is given without validation data, or a validation set has an
+            invalid name.
     """
 
     section: ClassVar[str] = "data"
@@ -80,14 +80,14 @@ class DataConfig(Settings):
 
     @property
     def train_parts(self) -> tuple[MixturePart, ...]:
-        """The training texts; a single text with weight 1 if `train` is not a mixture."""
+        """The sources of training data; a single source with weight 1 if `train` is not a mixture."""
         return (MixturePart(self.train),) if isinstance(self.train, str) else self.train
 
     @property
     def validation_sets(self) -> dict[str, str]:
         """The sources of the validation sets, keyed by name.
 
-        The name is empty if `validation` is a single source. The mapping is empty if part of the training text is held
+        The name is empty if `validation` is a single source. The mapping is empty if part of the training data is held
         out instead.
         """
         if self.validation is None:

@@ -115,7 +115,7 @@ def show_value(value: object) -> str:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """Read the files listed under `defaults:` in `path`, depth first, then `path`. Later layers take precedence.
+    """Read the files listed under `defaults:` in `path`, depth first, then `path` itself. Later layers take precedence.
 
     Raises:
         InputError: if a file is missing, is not strict YAML or includes itself, or if there are too many files.

@@ -127,7 +127,7 @@ class MeshConfig(Settings):
 
 
 def check_launcher(config: MeshConfig, environment: Mapping[str, str]) -> None:
-    """Check that this is not one of several unconnected processes, that would each train its own model.
+    """Check that no launcher started several unconnected processes, which would each train a separate model.
 
     Args:
         config: the mesh settings; `mesh.coordinator` connects the processes.
@@ -185,6 +185,6 @@ def check_divides(
 
 
 def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
-    """Return the multiple of `parts` nearest to `size` that divides `of` (if given, a multiple of `parts`)."""
+    """Return the multiple of `parts` nearest to `size`. If given, `of` is a multiple of `parts` that it must divide."""
     multiples = range(parts, max(size + parts, of or 0) + 1, parts)
     return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

@@ -21,7 +21,7 @@ LARGEST = 2**20  # upper bound for size settings
 
 
 class Growth(NamedTuple):
-    """A model's width and depth relative to the base model, for which the hyper-parameters were tuned."""
+    """A model's width and depth relative to the base model, on which the hyper-parameters were tuned."""
 
     width: float = 1.0
     depth: float = 1.0
@@ -227,7 +227,7 @@ class TransformerConfig(ModelConfig):
 
     @property
     def _key_heads(self) -> str:
-        """Text with the number of key/value heads; empty if it equals the number of query heads."""
+        """The number of key/value heads as text for `describe`; empty if it equals the number of query heads."""
         return ""
 
     def attention_on(self, platform: str, dtype: str, *, split_positions: bool, documents: bool = False) -> str:

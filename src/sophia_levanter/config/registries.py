@@ -23,7 +23,7 @@ class Registry(dict[str, Any]):
     """Registered functions or classes, keyed by name.
 
     Args:
-        kind: "metric" or "callback". A run lists the names that it uses in `trainer.metrics` or `trainer.callbacks`.
+        kind: "metric" or "callback". Runs select registered names with `trainer.metrics` or `trainer.callbacks`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -31,7 +31,7 @@ class Registry(dict[str, Any]):
         self._kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers a function or class under a name, which is also its prefix for metrics.
+        """Return a decorator that registers a function or class under a name, which is also the prefix of its metrics.
 
         Raises:
             ValueError: if the name is reserved, already taken or not an identifier.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import sophia_levanter.config.baselines  # noqa: F401  # registers them for optimizer.type
+import sophia_levanter.config.baselines  # noqa: F401  # registers the baseline optimizers
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.mesh import MeshConfig, check_divides, nearest_multiple
 from sophia_levanter.config.model import Gpt2Config, ModelConfig, pad_vocab

@@ -45,7 +45,7 @@ class TaskConfig(Settings):
 
     @property
     def title(self) -> str:
-        """The task's name in metric names."""
+        """The task's name, as used in the names of its metrics."""
         return self.task if self.name is None else self.name
 
 

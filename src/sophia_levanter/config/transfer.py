@@ -9,7 +9,7 @@ width. The depth is handled as in CompleteP with alpha = 1 (Dey et al. 2025, arX
                    parameter's gradient therefore scales as 1 / n, or as 1 / (n L) in blocks. The gradients of the
                    `qk_norm` gains, which are shared by all heads, are larger.
 
-An update dW of a matrix must change its outputs dW x by as much as in the base model, where x has 1 / n as many
+An update dW must change a matrix's outputs (by dW x) as much as in the base model, where x has 1 / n as many
 coordinates of the same size. The spectral norm of dW must therefore not depend on n (Yang et al. 2023, arXiv
 2310.17813). All other arrays (embeddings, norms, biases, and the head, whose logits are divided by n) keep the learning
 rate of the base model. The learning rate of a matrix is multiplied by n^e, where e is the optimizer's `width_exponent`:
@@ -18,28 +18,28 @@ rate of the base model. The learning rate of a matrix is multiplied by n^e, wher
                    sums of products d x^T, so the signs of dW and x agree, and dW x grows with n (Yang et al. 2022,
                    arXiv 2203.03466, table 8).
     0              SOAP and Sophia in a Kronecker basis change each coordinate in the basis by about lr. At any width,
-                   the gradient for r targets has rank at most r, and its singular directions are part of the basis. It
-                   occupies r x r coordinates, and |dW x| / |x| is lr times the norm of that block. If only one side is
-                   rotated, it occupies r n coordinates, and e is -1/2. Qiu et al. 2025 (arXiv 2512.05620, table 1)
-                   derive both for SOAP. They report that more coordinates are occupied at realistic widths and batch
-                   sizes, so activations change more in wider models. Treat these rates as a starting point.
+                   the gradient for r targets has rank at most r, and its singular directions are part of the basis. The
+                   gradient thus occupies r x r coordinates, and |dW x| / |x| is lr times the norm of that block. With
+                   only one side rotated, it occupies r n coordinates, and e is -1/2. Qiu et al. 2025 (arXiv 2512.05620,
+                   table 1) derive both for SOAP. They report that it occupies more coordinates at realistic widths and
+                   batch sizes, so activations change more in wider models. Treat these rates as a starting point.
     -1/2           Muon's update is 0.2 lr sqrt(max(in, out)) times an orthogonal matrix.
 
-With a hyperball, the learning rate is an angle: the norm of an update is lr |W|, and |W| scales as sqrt(n). Without it,
-the norm of an update by lr in each coordinate is lr n, and that of Muon's update is 0.2 lr n, so e is larger by 1/2.
+With a hyperball, the learning rate is an angle: the norm of an update is lr |W|, and |W| scales as sqrt(n). Without
+one, the norm is lr n if each coordinate changes by lr, and 0.2 lr n for Muon. A hyperball therefore increases e by 1/2.
 In a Kronecker basis, the norm depends on the number of occupied coordinates, so a hyperball cannot be combined with it.
 
 Bounded updates depend on the scale of gradients through eps, and Sophia's also through rho. Gradients are therefore
 multiplied by n L in blocks and by n elsewhere before they reach the optimizer, and squared gradients (the GNB and
 empirical Fisher estimates) by the squares of these factors. Hutchinson's estimate u * (H u), with one random probe u,
-is mostly noise from the other entries in a row of the Hessian. The largest are derivatives with respect to two matrices
-of the same block: n entries of size 1 / (n L). It is therefore multiplied by sqrt(n) L in blocks and by sqrt(n)
-elsewhere. Sophia's win rate is then the same as in the base model at the same batch size. Gradients are clipped
-(`trainer.max_grad_norm`) before this scaling. The gradient norm of matrices does not depend on n; that of embeddings
-scales as 1 / sqrt(n).
+is mostly noise from the off-diagonal entries in each row of the Hessian. The largest are derivatives with respect to
+two matrices of the same block: n entries of size 1 / (n L). The estimate is therefore multiplied by sqrt(n) L in blocks
+and by sqrt(n) elsewhere. Sophia's win rate is then the same as in the base model at the same batch size. Gradients are
+clipped (`trainer.max_grad_norm`) before this scaling. The gradient norm of matrices does not depend on n; that of
+embeddings scales as 1 / sqrt(n).
 
-Weight decay shrinks an array by a fraction lr wd in each step, at any width, because this determines how many steps
-weights remember (Wang and Aitchison 2024, arXiv 2405.13698), as in CompleteP. Both assume the base model's step count.
+Weight decay shrinks an array by the fraction lr wd in each step, at any width, because this determines how many steps
+weights remember (Wang and Aitchison 2024, arXiv 2405.13698), as in CompleteP. This assumes the base model's step count.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def gradient_scales(growth: Growth) -> Scales:
 
 
 def curvature_scales(growth: Growth, *, signed: bool) -> Scales:
-    """Return the factors on estimates of the curvature; `signed` is that of the estimator."""
+    """Return the factors on curvature estimates; `signed` is whether these may be negative."""
     n, depth = growth
     return _scales(n**0.5 * depth, n**0.5) if signed else _scales((n * depth) ** 2, n**2)
 
