@@ -1,4 +1,4 @@
-"""An attempt at a run: start, read, stop and kill processes on the launcher's machine, and determine the outcome."""
+"""An attempt at a run: start, monitor, stop and kill processes on the launcher's machine, and determine the outcome."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Outcome:
             or unavailable (because machines were missing).
         reason: a one-line explanation.
         progress: the last progress reported by the run in this attempt.
-        tail: the last lines of the first process that failed.
+        tail: the last lines printed by the first process that failed.
     """
 
     kind: Kind

@@ -1,4 +1,4 @@
-"""The interface of backends, which provide machines and commands to start processes on them, and the local backend."""
+"""The backend interface (machines, and the commands that start processes on them), and the local backend."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def training_command(python: str, config_file: str, mesh: Mapping[str, object] |
 
 @dataclass(frozen=True)
 class HostCommand:
-    """A command run on the launcher's own machine, which is a training process or a connection to other hosts.
+    """A command that runs on the launcher's own machine: a training process, or a connection to other hosts.
 
     Attributes:
         label: the log's name, such as process-0.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LARGEST = 1_000_000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Names of variables with values that should not be stored in files. The words on the second line match only at the end
+# Names of variables whose values should not be stored in files. The words on the second line match only at the end
 # of a name, because RAY_AUTH_MODE is harmless, as are PWD (the working directory) and SSH_ASKPASS (a program's path).
 SECRET = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|CRED|COOKIE|JWT|BEARER|AUTHORIZATION)S?\d*(_|$)"
@@ -37,7 +37,7 @@ class Submission(NamedTuple):
 
     Attributes:
         describe: returns human-readable lines that describe what `submit` would do.
-        submit: submits the job, waits for it and returns its exit status. The argument is a function to print messages.
+        submit: submits the job, waits for it and returns its exit status. It takes a function that prints messages.
     """
 
     describe: Callable[[], list[str]]
@@ -272,7 +272,7 @@ class SlurmCluster(ClusterConfig):
         from sophia_levanter.cluster.slurm.job import describe_submission, submit
 
         if "SLURM_JOB_ID" in os.environ:
-            return None  # this is the job's first node
+            return None  # already running in the job, on its first node
         words = [self.python, *launcher]
         return Submission(partial(describe_submission, self, job, words), partial(submit, self, job, words))
 

@@ -5,8 +5,8 @@ Otherwise, processes would continue to train and keep the run directory locked a
 is guaranteed only on Linux; on other systems, the command is started without this guarantee.
 
 With `--grace SECONDS --log FILE`, this process runs a training process under ssh. It tells the training process to stop
-when standard input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, as at
-shutdown. It prints the output and also writes it to FILE. Only one process at a time may log to a folder.
+when standard input closes, which is the only sign of a lost connection or launcher, and on SIGTERM or SIGHUP, such as
+at shutdown. It prints the output and also writes it to FILE. Only one process at a time may log to a folder.
 
 This module avoids slow imports.
 """
@@ -47,7 +47,7 @@ _PATIENCE = 10.0  # seconds to wait, beyond the grace period, for a process from
 def start_process(
     words: Sequence[str], env: Mapping[str, str] = MappingProxyType({}), *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a new session and kill it when this process exits. The caller must read its output.
+    """Start a process in a new session; it is killed when this process exits. The caller must read its output.
 
     Args:
         words: the command line.
@@ -72,7 +72,7 @@ def kill_group(leader: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command given after `--`.
 
     Returns:
         The training process's exit status (128 + N for signal N), 1 if it was already started, or 2 for bad input.

@@ -18,7 +18,7 @@ from sophia_levanter.files import lock, read_regular, write_atomically
 from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
-STOP = "stop"  # name of a file that asks the launcher to stop
+STOP = "stop"  # name of the file that asks the launcher to stop
 LOOK_SECONDS = 1.0
 LEASE_SECONDS = 180.0  # time after which a file server releases a lost client's locks
 
@@ -91,7 +91,7 @@ class LaunchRecord:
             yield
 
     def _lock(self) -> IO[str] | None:
-        """Acquire the lock. Wait for commands that test it or, in a requeued Slurm job, for the lock of a dead host."""
+        """Acquire the lock. Wait for commands that test it and, in a requeued Slurm job, until a dead host loses it."""
         until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
