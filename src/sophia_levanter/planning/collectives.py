@@ -47,7 +47,7 @@ class _Instruction:
 def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
     """Count the bytes that a device sends in each kind of collective, including every iteration of each loop.
 
-    In a ring of n devices on k nodes, a device sends the following shares to other devices and to other nodes:
+    In a ring of n devices on k nodes, a device sends these shares to other devices and to other nodes, respectively:
 
         all-gather, reduce-scatter    (n - 1) / n and (k - 1) / n of the whole array
         all-reduce                    twice as much, because it is a reduce-scatter followed by an all-gather
@@ -164,7 +164,7 @@ def _without_layouts(text: str) -> str:
 
 
 def _array_bytes(text: str) -> int:
-    """Return the total number of bytes of all arrays in the text of a type."""
+    """Return the total size in bytes of all arrays in an HLO type, given as text."""
     return sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in _ARRAY.findall(text)
     )
@@ -173,7 +173,7 @@ def _array_bytes(text: str) -> int:
 def _sent(
     computations: dict[str, _Computation], name: str, share: Callable[[str, _Instruction], float]
 ) -> Iterator[tuple[str, float]]:
-    """Yield the kind of each collective in a computation and the number of bytes that a device sends for it."""
+    """Yield `(kind, bytes)` for each collective in a computation, counting the bytes that one device sends."""
     computation = computations.get(name, _Computation())
     for instruction_name, instruction in computation.instructions.items():
         kind = instruction.opcode.removesuffix("-start")
@@ -195,7 +195,7 @@ def _sent(
 
 
 def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computation) -> tuple[str, float]:
-    """Return the type of an inter-slice collective and the number of bytes that each device sends for it."""
+    """Return `(kind, bytes)` for a collective between slices, counting the bytes that one device sends."""
     if kind == "ONE_TO_ONE":
         return "collective-permute", _array_sent("", instruction, computation)
     kind = kind.lower().replace("_", "-")

@@ -181,7 +181,7 @@ def _memory(
     yield _heading(plans)
     for kind, size in {**known, "gradient sum": gradients}.items():
         yield _row(kind, [size] * len(plans), unit)
-    # The batch, and the padding that layouts add to arrays in the state.
+    # The rest of the arguments is the batch, and the padding that layouts add to arrays in the state.
     yield _row("batch and padding", [plan.arguments - sum(known.values()) for plan in plans.values()], unit)
     yield _row("activations", kept, unit)
     yield _row("other temporaries", rest, unit)
@@ -276,7 +276,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of ascending sizes that fits, or None. The last is tried first, because each try is slow."""
+    """Return the largest of the ascending `sizes` that fits, or None. Tries the last first, because `fits` is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
     low, high = 0, len(sizes) - 1

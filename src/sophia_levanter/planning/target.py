@@ -126,7 +126,7 @@ def _slice_target(text: str) -> Target:
 
 
 def pretended_target(num_devices: int, gpu: str) -> Target:
-    """Return a target with GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
+    """Return a target of GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
 
     Raises:
         InputError: if the kind of GPU is unknown or `num_devices` is below 1.
@@ -197,7 +197,7 @@ class TpuShape:
 
 
 def tpu_shape(accelerator_type: str, field: str = "accelerator") -> TpuShape:
-    """Return the slice named, for example, v4-32, v5litepod-16, v5p-8 or v6e-256. v5e-16 is an alias of v5litepod-16.
+    """Return the shape of the slice with a name such as v4-32, v5litepod-16 (also called v5e-16), v5p-8 or v6e-256.
 
     Raises:
         InputError: if the name is unknown; the message suggests valid names.
