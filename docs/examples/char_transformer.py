@@ -1,7 +1,7 @@
-"""A small character-level transformer of plain Equinox modules learns the source of argparse with Sophia-G.
+"""Train a small character-level transformer of plain Equinox modules on the source code of argparse with Sophia-G.
 
-Every Python installation has this text. Its paragraphs are the rows, cut or padded to 64 characters, so that rows
-differ in length and padding has weight 0. The baseline is a table of character bigrams.
+Every Python installation includes this source. Each row is a paragraph, truncated or padded to 64 characters. Padding
+has weight 0. The baseline is a table of character bigrams.
 """
 
 import argparse
@@ -19,9 +19,9 @@ STEPS, ROWS, MICROBATCH, LENGTH, WIDTH, HEADS = 120, 16, 4, 64, 64, 4
 
 
 def load():
-    """((tokens [row, LENGTH + 1], lengths [row]) for training, the same for testing, the number of different tokens).
+    """Return (tokens [row, LENGTH + 1], lengths [row]) for training, the same for testing, and the vocabulary size.
 
-    Token 0 is the end of a paragraph and the padding after it. Every fifth paragraph is kept for testing.
+    Token 0 marks the end of a paragraph and the padding after it. Every fifth paragraph is held out for testing.
     """
     paragraphs = [part for part in inspect.getsource(argparse).split("\n\n") if part.strip()]
     characters = sorted(set("".join(paragraphs)))
@@ -75,12 +75,12 @@ class Transformer(eqx.Module):
 
 
 def weights_of(lengths):
-    """[row, LENGTH]: 1 for every character of the paragraph and its end, 0 for the padding."""
+    """Return target weights [row, LENGTH]: 1 for characters in the paragraph and for its end, 0 for padding."""
     return jnp.asarray(jnp.arange(LENGTH) < lengths[:, None], jnp.float32)
 
 
 def weighted_loss(model, batch):
-    """(the sum of the losses over the targets with weight 1, the number of these targets)."""
+    """Return the sum of the losses over all targets with weight 1, and the number of these targets."""
     rows, lengths = batch
     logits = jax.vmap(model)(rows[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
@@ -100,7 +100,7 @@ def train_step(optimizer, model, state, batch):
 
 @eqx.filter_jit
 def train_step_with_refresh(optimizer, model, state, batch, key):
-    """The curvature is estimated on the first half of the microbatches, the gradient on all."""
+    """Take a step that also refreshes the curvature, which is estimated on the first half of the microbatches."""
 
     def losses(model, microbatch, key):
         rows, lengths = microbatch
@@ -121,7 +121,7 @@ def train_step_with_refresh(optimizer, model, state, batch, key):
 
 
 def bigram_loss(data, test, characters):
-    """Nats per character of a bigram table, counted on the training rows with one added to each count."""
+    """Return the test loss, in nats per character, of a bigram table of the training rows with add-one smoothing."""
 
     def pairs(data):
         rows, lengths = data

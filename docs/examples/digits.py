@@ -1,4 +1,4 @@
-"""A multilayer perceptron learns scikit-learn's handwritten digits with Sophia-G, and with AdamW for comparison."""
+"""Train a multilayer perceptron on scikit-learn's handwritten digits with Sophia-G, and with AdamW for comparison."""
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ STEPS, ROWS, MICROBATCH = 400, 128, 32
 
 
 def load():
-    """((training images, classes), (test images, classes)): 1,437 and 360 images of 64 pixels between 0 and 1."""
+    """Return (images, classes) for training and for testing: 1,437 and 360 images of 64 pixels between 0 and 1."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images, classes = digits.data[order].astype(np.float32) / 16, digits.target[order]
@@ -38,7 +38,7 @@ def train_step(optimizer, model, state, batch):
 
 @eqx.filter_jit
 def train_step_with_refresh(optimizer, model, state, batch, key):
-    """A step in four microbatches, with curvature from the forward pass of the gradient."""
+    """Take a step in four microbatches. The curvature estimate reuses the gradient's forward pass."""
 
     def losses(model, microbatch, key):
         images, classes = microbatch
@@ -53,7 +53,7 @@ def train_step_with_refresh(optimizer, model, state, batch, key):
 
 
 def train(optimizer, data):
-    """The trained model and the optimizer's last state."""
+    """Return the trained model and the final optimizer state."""
     images, classes = data
     model = eqx.nn.MLP(64, 10, width_size=64, depth=2, key=jax.random.key(1))
     state = optimizer.init(model)

@@ -1,7 +1,7 @@
-"""A convolutional network with batch norm learns scikit-learn's digits with Sophia-G, its parameters in three groups.
+"""Train a convolutional network with batch norm on scikit-learn's digits with Sophia-G and three parameter groups.
 
-The kernels decay, the vectors (norms and biases) have a different learning rate and no decay, and the first convolution
-is frozen: it keeps its random filters, as a pretrained layer would keep its weights.
+The kernels have weight decay, and the vectors (norms and biases) have a different learning rate and no decay. The first
+convolution is frozen: it keeps its random filters, as a pretrained layer would keep its weights.
 """
 
 import equinox as eqx
@@ -17,7 +17,7 @@ STEPS, ROWS = 300, 128
 
 
 def load():
-    """((training images, classes), (test images, classes)): 1,437 and 360 images [1, 8, 8] between 0 and 1."""
+    """Return (images, classes) for training and for testing: 1,437 and 360 images [1, 8, 8] between 0 and 1."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images, classes = digits.images[order, None].astype(np.float32) / 16, digits.target[order]
@@ -31,8 +31,8 @@ class Network(eqx.Module):
 
     def __init__(self, key):
         keys = jax.random.split(key, 3)
-        # Batch norm subtracts the mean, and a bias with it. The gradient and the curvature of such a bias are rounding
-        # errors, and Sophia would move it by a full learning rate in every step.
+        # Biases have no effect here, because batch norm subtracts the mean. Their gradients and curvature would consist
+        # of rounding errors, and Sophia would change them by the full learning rate in every step.
         self.convolutions = [
             eqx.nn.Conv2d(1, 16, 3, padding=1, use_bias=False, key=keys[0]),
             eqx.nn.Conv2d(16, 32, 3, stride=2, padding=1, use_bias=False, key=keys[1]),
@@ -48,7 +48,7 @@ class Network(eqx.Module):
 
 
 def logits(model, statistics, images):
-    """(logits [row, class], the next running statistics)."""
+    """Return the logits [row, class] and the updated running statistics."""
     return jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(images, statistics)
 
 
@@ -59,23 +59,23 @@ def mean_loss(model, statistics, batch):
 
 
 def groups(params):
-    """The name of each parameter's group."""
-    # Equinox stores the bias of a convolution as [channel, 1, 1]. With such biases a rule by `ndim` is not enough.
+    """Return a tree with the name of each parameter's group."""
+    # Equinox stores the bias of a convolution as [channel, 1, 1]. With such biases, `ndim` would give the wrong group.
     names = jax.tree.map(lambda p: "kernels" if p.ndim > 1 else "vectors", params)
     return eqx.tree_at(lambda model: model.convolutions[0].weight, names, "frozen")
 
 
 @eqx.filter_jit
 def train_step(optimizer, transformation, model, statistics, state, batch, key=None):
-    """A step, with an estimate of the curvature if there is a key.
+    """Take a step, and refresh the curvature if a key is given.
 
-    `value_grad_and_curvature` cannot return the running statistics. `estimate` has a separate forward pass, but it is
-    the same as the loss's, so the compiler keeps only one of them.
+    `value_grad_and_curvature` cannot return the running statistics. `estimate` performs a separate forward pass, but
+    this is identical to that of the loss, so the compiler keeps only one of them.
     """
     h_hat = None
     if key is not None:
-        # In training mode and on the whole batch, like the loss, since batch norm makes each output depend on every
-        # row. The estimate drops the new running statistics: the gradient's pass counts this batch.
+        # Like the loss, use training mode and the whole batch, because batch norm makes each output depend on all rows.
+        # Discard the updated running statistics, because the loss below returns them too.
         h_hat = optimizer.estimate(lambda model: logits(model, statistics, batch[0])[0], model, key=key)
     (loss, statistics), grads = eqx.filter_value_and_grad(mean_loss, has_aux=True)(model, statistics, batch)
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -97,7 +97,7 @@ def main():
     state = transformation.init(eqx.filter(model, eqx.is_inexact_array))
     for step, rows in enumerate(np.random.default_rng(2).integers(len(classes), size=(STEPS, ROWS))):
         batch = (images[rows], classes[rows])
-        # Both groups have the same interval, so either says when an estimate is due.
+        # Both optimizers have the same interval, so checking one of them is enough.
         key = jax.random.fold_in(jax.random.key(3), step) if kernels.refresh_due(step) else None
         model, statistics, state, _ = train_step(kernels, transformation, model, statistics, state, batch, key)
 
@@ -105,7 +105,7 @@ def main():
     training_loss, _ = eqx.filter_jit(mean_loss)(trained, statistics, (images, classes))
     outputs, _ = eqx.filter_jit(logits)(trained, statistics, test_images)
     counter = model.norms[0].batch_counter
-    assert counter is not None  # only in mode "ema"
+    assert counter is not None  # it is None only in mode "ema"
     results: dict = {
         "training_loss": float(training_loss),
         "test_accuracy": float(jnp.mean(jnp.argmax(outputs, axis=-1) == test_classes)),

@@ -1,7 +1,7 @@
-"""A regression with the normal likelihood: Sophia-G, Sophia-H and AdamW fit Friedman's function.
+"""Regression with a normal likelihood: fit Friedman's function with Sophia-G, Sophia-H and AdamW.
 
-y = 10 sin(pi x1 x2) + 20 (x3 - 1/2)^2 + 10 x4 + 5 x5 + noise of variance 1, and five inputs that do not matter.
-No model can expect a squared error below the noise's variance on new data; linear least squares has about 7 times that.
+y = 10 sin(pi x1 x2) + 20 (x3 - 1/2)^2 + 10 x4 + 5 x5 + noise with variance 1; five more inputs have no effect.
+On new data, the expected squared error is at least the noise variance, and about 7 times that for linear least squares.
 """
 
 import equinox as eqx
@@ -17,7 +17,7 @@ STEPS = 400
 
 
 def load():
-    """((x [1000, 10], y [1000]), the same for testing), y in standard deviations, and the noise's variance."""
+    """Return (x [1000, 10], y [1000]) for training, the same for testing, and the noise variance. y is standardized."""
     x, y = make_friedman1(n_samples=2000, noise=1.0, random_state=0)
     mean, deviation = y[:1000].mean(), y[:1000].std()
     x, y = x.astype(np.float32), ((y - mean) / deviation).astype(np.float32)
@@ -29,7 +29,7 @@ def predictions(model, x):
 
 
 def mean_loss(model, likelihood, data):
-    """The mean negative log-likelihood."""
+    """Return the mean negative log-likelihood."""
     x, y = data
     return jnp.mean(likelihood.loss(predictions(model, x), y))
 
@@ -43,7 +43,7 @@ def train_step(optimizer, model, state, likelihood, data):
 
 @eqx.filter_jit
 def refresh(optimizer, model, state, likelihood, data, key):
-    """Sophia-H estimates from the loss, Sophia-G from the predictions, for which it samples targets itself."""
+    """Refresh the curvature. Sophia-H estimates it from the loss, Sophia-G from predictions and sampled targets."""
     if isinstance(optimizer, SophiaH):
         h_hat = optimizer.estimate(lambda model: mean_loss(model, likelihood, data), model, key=key)
     else:
@@ -52,7 +52,7 @@ def refresh(optimizer, model, state, likelihood, data, key):
 
 
 def train(optimizer, likelihood, data):
-    """The trained model and the optimizer's last state."""
+    """Return the trained model and the final optimizer state."""
     model = eqx.nn.MLP(10, "scalar", width_size=64, depth=2, key=jax.random.key(1))
     state = optimizer.init(model)
     for step in range(STEPS):
@@ -67,7 +67,7 @@ def squared_error(predicted, y):
 
 
 def least_squares_error(data, test):
-    """The mean squared error on the test rows of the linear model that fits the training rows best."""
+    """Return the mean squared error on the test rows of a linear model fitted to the training rows."""
 
     def with_ones(x):
         return np.column_stack([x, np.ones(len(x))])

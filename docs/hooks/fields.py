@@ -1,4 +1,4 @@
-"""Makes tables of a run's settings from their declarations, like `--help`."""
+"""Generate tables of a run's settings from their declarations, as `--help` does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = {"str": "text", "int": "integer", "float": "number", "bool": "true or fa
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace each line `<!-- fields of SECTION [TYPE] -->` by a table; mkdocs calls this with each page's text."""
+    """Replace each line `<!-- fields of SECTION [TYPE] -->` with a table. mkdocs calls this with each page's text."""
     return MARK.sub(lambda found: _table(found[1], found[2]), markdown)
 
 

@@ -1,4 +1,4 @@
-"""Converts mathematics to MathML, which browsers draw without loading anything."""
+"""Convert formulas to MathML, which browsers render without loading scripts or fonts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMULA = re.compile(
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Convert the formulas that pymdownx.arithmatex has marked; mkdocs calls this with each page's HTML."""
+    """Convert the formulas marked by pymdownx.arithmatex. mkdocs calls this with each page's HTML."""
     return FORMULA.sub(_mathml, content)
 
 
