@@ -1,4 +1,4 @@
-# For NVIDIA GPUs; CUDA 13 comes as wheels, the driver (580 or later) from the host. Build from the repository's top:
+# For NVIDIA GPUs. CUDA 13 is installed from wheels; the host provides the driver (580 or later). Build from the repository's root:
 #   docker build -f infra/docker/cuda.Dockerfile -t sophia-levanter-cuda:0.2.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
@@ -25,6 +25,6 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 # NVIDIA's container runtime reads these and adds the host's driver.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /home/trainer
-# A number, because Kubernetes cannot tell whether a name is root.
+# Use a numeric ID, because Kubernetes cannot verify that a user name is not root's.
 USER 10001:10001
 CMD ["python", "-m", "sophia_levanter.main", "--help"]

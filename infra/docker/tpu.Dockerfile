@@ -1,4 +1,4 @@
-# For TPU hosts; libtpu is a wheel. Build from the repository's top:
+# For TPU hosts. libtpu is installed from a wheel. Build from the repository's root:
 #   docker build -f infra/docker/tpu.Dockerfile -t sophia-levanter-tpu:0.2.0 .
 
 FROM python:3.12.12-slim-bookworm AS build
@@ -23,6 +23,6 @@ COPY config /app/config/
 COPY infra/ray /app/infra/ray/
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /home/trainer
-# A number, because Kubernetes cannot tell whether a name is root.
+# Use a numeric ID, because Kubernetes cannot verify that a user name is not root's.
 USER 10001:10001
 CMD ["python", "-m", "sophia_levanter.main", "--help"]
