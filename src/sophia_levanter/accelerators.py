@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-# The size of the matrix for which `Chip.qr_flops` is given.
+# `Chip.qr_flops` applies to matrices of this size.
 QR_SIDE = 2048
 
 
@@ -50,8 +50,8 @@ class Chip:
 
         Householder QR processes columns one after another, so its time grows more slowly than its FLOPs. It is assumed
         to grow as `side` ** 1.5. On an unnamed GPU, torch.linalg.qr took 0.61, 3.8 and 24 ms to compute only R for
-        sides of 256, 1024 and 4096, which is an exponent of 1.3 (github.com/flagos-ai/FlagGems, pull request 5586).
-        Computing Q adds matrix products.
+        sides of 256, 1024 and 4096 (github.com/flagos-ai/FlagGems, pull request 5586). These times grow with an
+        exponent of 1.3; computing Q as well adds matrix products.
         """
         return self.qr_flops * (side / QR_SIDE) ** 1.5
 
@@ -75,8 +75,8 @@ TPUS = {
 # as in NVIDIA's DGX: 200 Gb/s for an A100, 400 Gb/s for an H100 or H200. Many clouds provide a quarter of that or less.
 # torch.linalg.qr of a 2048 x 2048 float32 matrix took 15.97 ms on an A100 (github.com/pytorch/pytorch, issue 151066;
 # cuSOLVER, which jax also calls): 8/3 * 2048^3 FLOPs in that time is 1.43 TFLOP/s. The same rate is assumed for the
-# H100 and H200. Newton-Schulz is assumed to reach half the peak rate of float32 products, which use TF32 by default.
-# This is a quarter of the bfloat16 peak.
+# H100 and H200. Newton-Schulz is assumed to reach half the peak rate of float32 products, which use TF32 by default;
+# half the TF32 peak is a quarter of the bfloat16 peak.
 _GPU_QR_FLOPS = 1.43e12
 GPUS = {
     "a100-40": Chip(("A100",), 38 * GIB, 1555e9, 312e12, 300e9, 25e9, _GPU_QR_FLOPS, 78e12, qr_measured=True),

@@ -54,7 +54,7 @@ def train(
 
     Raises:
         InputError: if a setting, a file or the data is invalid.
-        TrainingFailed: if too many consecutive steps were skipped because of a non-finite loss or gradient or a spike.
+        TrainingFailed: if too many consecutive steps were skipped (non-finite loss or gradient, or loss spike).
         CheckpointError: if no checkpoint could be read or written.
 
     Example:
@@ -119,5 +119,5 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if dataclasses.is_dataclass(value):
         return encode(value)
-    # NumPy and JAX scalars.
+    # Convert NumPy and JAX scalars to Python scalars.
     return value.item() if getattr(value, "shape", None) == () else value

@@ -18,7 +18,7 @@ class Batch(eqx.Module):
         tokens: int32 [batch, position], the input tokens.
         targets: int32 [batch, position], the token that follows each input token.
         weights: float32 [batch, position], the weight of each target in the mean loss (0 excludes the target).
-        document_starts: int32 [batch, position], the position at which the document of each token starts. Attention and
+        document_starts: int32 [batch, position], the position at which each token's document starts. Attention and
             position indices start there. If None, they start at the beginning of the row.
     """
 
@@ -60,7 +60,7 @@ def batch_from_sequences(
 
 
 def document_starts(tokens: np.ndarray, document_end: int) -> np.ndarray:
-    """Return the position at which the document of each token starts: int32 [row, position].
+    """Return the position at which each token's document starts: int32 [row, position].
 
     The token that ends a document belongs to that document. The first document in each row starts at position 0.
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 class InputError(Exception):
-    """Invalid input, such as a configuration field, a file or a run directory.
+    """Raised for invalid input, such as a bad setting, file or run directory.
 
     The message is a single line that names the field or file, the value and the remedy. Commands print it without a
     traceback and exit with status 2.
@@ -50,13 +50,13 @@ class Problems:
         """Raise the collected errors, if any, as a single error.
 
         Raises:
-            InputError: its message contains all collected messages.
+            InputError: if any errors were collected. The message contains all of their messages.
         """
         if self._messages:
             raise InputError("; and ".join(dict.fromkeys(self._messages)))
 
 
-# Control characters, line separators, bidirectional formatting and lone surrogates.
+# Matches control characters, line separators, bidirectional formatting characters and lone surrogates.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_WORD = 300
 

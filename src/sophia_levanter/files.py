@@ -13,7 +13,7 @@ from typing import IO, BinaryIO
 from sophia_levanter.errors import InputError
 
 MOST_BYTES = 1 << 28  # maximum size of a file to read as a whole; the largest known vocabulary is 4 MB
-# Paths of the pipes that a shell creates for `<(command)` and `command |`. Unlike other pipes and devices, they end.
+# Pipes that a shell creates for `<(command)` and `command |`. Reading from other pipes or devices may never end.
 _PIPES_OF_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
@@ -49,7 +49,7 @@ def check_regular(path: Path | str) -> None:
     """Check that a path is a regular file, or a pipe from the shell, before a library opens it.
 
     Raises:
-        NotRegular: if the path is something else, such as a named pipe, which might never end.
+        NotRegular: if the path is something else, such as a named pipe, which might block forever.
         OSError: if the path does not exist.
     """
     try:

@@ -1,7 +1,7 @@
 """Adjustments to jax that this package needs. Every module that imports haliax also imports this module.
 
 Newer versions of jax lack a name that haliax uses. `tests/test_jax_compatibility.py` fails once haliax no longer needs
-the name, which should then be removed here. haliax looks up the name when its functions are called, and jax initialises
+the name, which should then be removed here. haliax looks up the name when its functions are called, and jax initializes
 its platforms when the first device is requested, so the order of imports does not matter.
 """
 
@@ -21,8 +21,8 @@ def skip_absent_tpu() -> None:
     """Prevent jax from starting libtpu on a machine without a TPU.
 
     libtpu may be installed on such a machine to compile for TPUs. jax tries every known platform, and libtpu then
-    prints errors to stderr from C++. TPUs are counted in the same way as when jax is imported. This function does
-    nothing if the machine has a TPU or JAX_PLATFORMS is set, so that errors from a malfunctioning TPU are still shown.
+    prints errors to stderr from C++. This function detects TPUs in the same way as jax does on import. It does nothing
+    if the machine has a TPU or JAX_PLATFORMS is set, so that errors from a malfunctioning TPU are still shown.
     """
     attached, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def process(argv: Sequence[str] | None = None) -> int:
     """Run the command as a standalone process. The first signal determines the exit status, even if more follow.
 
-    This module has few imports, so that signals are handled before the slow imports.
+    This module imports little, so that the signal handlers are installed before the slow imports.
     """
     signal.signal(signal.SIGTERM, _stop_at_once)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # shells ignore SIGINT in background commands
@@ -99,7 +99,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """Check that the configuration suits the environment of this process, complete it and choose the run directory.
+    """Check that the configuration works in this environment, choose the run directory, and make paths absolute.
 
     Raises:
         InputError: if the launcher, a missing package or the run directory prevents the run. No files are written.
@@ -126,7 +126,7 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(RuntimeError, OSError):
         sys.stdout.flush()
     if os.isatty(1):
-        os.write(1, b"\x1b[?25h")  # the progress bar hides the cursor
+        os.write(1, b"\x1b[?25h")  # show the cursor, which the progress bar hides
     os._exit(INTERRUPTED if interrupted else PREEMPTED)
 
 

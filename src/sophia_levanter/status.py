@@ -1,7 +1,7 @@
 """Exit statuses, and JSON status lines that a process sends to the program that started it.
 
-The parent program sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host is only
-connected to the launcher by its standard output, through ssh, srun or a Ray worker, so a prefix marks status lines.
+The parent program sets SOPHIA_LEVANTER_STATUS to the number of a file descriptor. A process on another host reaches the
+launcher only through its standard output (via ssh, srun or a Ray worker), so a prefix marks status lines.
 """
 
 from __future__ import annotations
