@@ -82,7 +82,7 @@ class RunDirectory:
         """The id under which the run saves its checkpoints, or None if the directory does not contain an id.
 
         Raises:
-            NotRegular: if the id is stored in something other than a regular file.
+            NotRegular: if the file that should contain the id is not a regular file.
         """
         try:
             return files.read_regular(self.path / RUN_ID, 1000).decode(errors="replace").strip() or None

@@ -49,7 +49,7 @@ class LoadedModel:
 
     Attributes:
         model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with overrides; for other weights, the default configuration with their shape.
+        config: the run's configuration with overrides; without a run, the defaults with the shape of the saved model.
         tokenizer: the tokenizer that the model was trained with.
         partition: the devices, and how arrays are sharded over them.
         source: a description of where the model was read from, for messages.
@@ -76,7 +76,7 @@ def load_model(
     """Load a model, sharded as specified by the `--mesh` overrides. By default, each device holds the whole model.
 
     Args:
-        place: a run directory, path or URL of checkpoints, folder saved by transformers, or nanoGPT's `ckpt.pt`.
+        place: a run directory, a path or URL of checkpoints, a folder saved by transformers, or nanoGPT's `ckpt.pt`.
         step: the step of the checkpoint to load; by default, the newest intact checkpoint.
         averaged: whether to load the averaged weights of a run with `trainer.ema_decay` or `trainer.lawa_every`.
         overrides: dotted field paths and values, applied to the run's configuration after removing its mesh settings.
@@ -222,12 +222,12 @@ def _partition(config: TrainConfig, tokenizer: Tokenizer) -> Partition:
 
 
 def keep_tokenizer(checkpoints: Path | str, tokenizer: Tokenizer, *, is_saved: bool) -> None:
-    """Copy the tokenizer to the checkpoint folder if it is stored in a file. Other tokenizers need no copy.
+    """Copy the tokenizer to the checkpoint folder if the tokenizer is a file. Other tokenizers need no copy.
 
     Args:
         checkpoints: the path or URL of the checkpoint folder.
         tokenizer: the run's tokenizer.
-        is_saved: whether checkpoints exist. If so, an existing copy is kept; otherwise, it is outdated and replaced.
+        is_saved: whether checkpoints exist. If so, an existing copy is kept; otherwise, it is replaced.
 
     Raises:
         InputError: if the copy cannot be written.

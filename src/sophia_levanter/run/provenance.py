@@ -124,7 +124,7 @@ def enable_compilation_cache(directory: Path, platform: str) -> None:
 
 
 def shared_config(config: TrainConfig) -> str:
-    """Return, as text, the settings that all processes must share. Each process may have its own copy of the data."""
+    """Return the settings that all processes must share, as text. Each process may have its own copy of the data."""
     mesh = config.mesh if config.mesh.process_id is None else replace(config.mesh, process_id=0)
     trainer = config.trainer
     if trainer.checkpoint_dir is not None:

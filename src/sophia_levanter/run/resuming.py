@@ -41,7 +41,7 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     """
     if directory.resume != "never":
         processes.on_process_zero("lock", directory.lock)
-    # The first process decides for all, because hosts may see different contents on a shared disk.
+    # The first process decides for all processes, because hosts may see different contents on a shared disk.
     found = str(bool(checkpoint.steps(directory.checkpoints)))
     is_saved = processes.broadcast("saved", found, PATIENCE) == "True"
     if directory.resume == "never" and is_saved:
@@ -93,7 +93,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     saved_config: Any = restored.metadata.get("config")
     if not is_of_training(restored.metadata):
         raise InputError(f"{directory.checkpoints} contains checkpoints that were not saved by a training run")
-    # Use the current metrics and callbacks, which do not affect results: unregistered names would be rejected.
+    # Use the current metrics and callbacks, which do not affect results, because unregistered names would be rejected.
     saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
     old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
     if directory.resume == "if_saved":
@@ -167,7 +167,7 @@ def with_saved_rows(config: TrainConfig, directory: RunDirectory) -> TrainConfig
 
 
 def _check_not_begun(directory: RunDirectory, console: Console) -> None:
-    """Check that a run without checkpoints never saved any. They might be on a disk that is now missing.
+    """Check that a run without checkpoints never saved one. Saved checkpoints might be on a disk that is now missing.
 
     A run that was killed before its first checkpoint starts over with a warning.
 

@@ -75,7 +75,7 @@ from sophia_levanter.training.step import StepSettings, TrainState, first_state,
 from sophia_levanter.training.stopping import StopRequest, Watchdog
 from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
 
-# Seconds that optional trackers have to finish after a signal has stopped the run.
+# Time limit, in seconds, for optional trackers to finish after a signal has stopped the run.
 STOPPED_SECONDS = 10.0
 
 
@@ -109,7 +109,7 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
 class Run:
     """A training run and its components, from start to finish.
 
-    The constructor prepares the text but does not write to the run directory. Each process constructs its own `Run`.
+    The constructor prepares the data but does not write to the run directory. Each process constructs its own `Run`.
 
     Args:
         config: the resolved configuration.
@@ -153,7 +153,7 @@ class Run:
             text = with_kept_tokenizer(text, directory.checkpoints, resuming=True)
             config = with_saved_rows(config, directory)
         else:
-            # Read the weights first, because preparing the text may take hours.
+            # Read the weights first, because preparing the data may take hours.
             self.initial_weights = read_initial_weights(replace(config, data=text), console)
         if self.initial_weights is not None:
             config = replace(config, model=self.initial_weights.config)

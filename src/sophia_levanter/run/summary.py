@@ -157,7 +157,7 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
 
 
 def _state_bytes(state: TrainState) -> str:
-    """Describe the memory that the state uses: `9.8 MiB of state per device: parameters 3.3 MiB, ...`."""
+    """Describe the memory that the state uses, such as `9.8 MiB of state per device: parameters 3.3 MiB, ...`."""
     kinds = bytes_by_kind(state)
     parts = ", ".join(f"{kind} {show_bytes(size)}" for kind, size in kinds.items() if size >= 1024)
     return f"{show_bytes(sum(kinds.values()))} of state per device: {parts}"
