@@ -47,20 +47,20 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
     state = step.after.optimizer_state
     measure = getattr(optimizer, "unclipped", None)
     unclipped = None if measure is None else measure(state)
-    while hasattr(state, "optimizer_state"):  # the state of a wrapper such as `Hyperball`
+    while hasattr(state, "optimizer_state"):  # unwrap the state of a wrapper such as `Hyperball`
         state = state.optimizer_state
     if unclipped is not None:
         found |= {f"{array}/win_rate": _mean(plain(x), _inner(x)) for array, x in _arrays(unclipped).items()}
         for array, h in _arrays(state.curvature).items():
             numbers = quantiles(plain(h), _inner(h), tuple(QUANTILES.values()))
             found |= {f"{array}/{kind}": number for kind, number in zip(QUANTILES, numbers, strict=True)}
-    return shard_params(found)  # complete on every device, for the host to read
+    return shard_params(found)  # replicate on every device, so that the host can read all values
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Convert statistics to numbers keyed by `statistics/ARRAY/KIND`, or `statistics/ARRAY/LAYER/KIND` if stacked.
+    """Convert statistics to numbers, one for each kind and each array or layer of a stacked array.
 
-    The numbers are sorted by array, then by layer.
+    The keys are `statistics/ARRAY/KIND` or `statistics/ARRAY/LAYER/KIND`, sorted by array, then by layer.
     """
     found = []
     for name, values in statistics.items():
@@ -87,7 +87,7 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers in the order of the numbers
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # unsigned integers that sort like the floats
     count = math.prod(x.shape[axis] for axis in axes)
     left = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
 

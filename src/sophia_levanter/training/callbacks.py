@@ -285,7 +285,7 @@ class Evaluating(Callback):
     Attributes:
         evaluate: returns the validation losses of a model, and calls the given function after each batch.
         registered: registered callbacks, which are called after each evaluation.
-        best: the best evaluation so far: its `step`, and its loss keyed by the metric's name; None before the first.
+        best: `step` and loss (keyed by the metric's name) of the best evaluation so far; None before the first one.
     """
 
     config: TrainerConfig

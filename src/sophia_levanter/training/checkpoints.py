@@ -20,12 +20,12 @@ from sophia_levanter.partition.processes import Processes
 from sophia_levanter.status import FAILURE
 from sophia_levanter.training.step import TrainState
 
-# Seconds that the loop has to notice a failed save before the process is ended. The loop may never notice: if another
-# process has already ended, this process may be waiting for it inside a step.
+# Seconds to wait for the loop to notice a failed save before killing the process. The loop may never notice: if another
+# process has already exited, this process may be waiting for it inside a step.
 GRACE = 5.0
 DAY = 86_400.0
 
-# All processes ask in the same order, so they agree on the number of each question.
+# Numbers the calls to `CheckpointTimer.has_expired`. All processes make the same calls, so their numbers agree.
 _questions = itertools.count()
 
 
@@ -67,15 +67,15 @@ class CheckpointTimer:
             return False
         number = next(_questions)
         if number >= 3:
-            # The first process has read the results of the oldest of the last three steps. All processes took part in
-            # that step, so they have already read this answer.
+            # The first process has read the results of the step after answer `number - 3`. All processes took part in
+            # that step, so all of them have read that answer.
             self._processes.forget(f"checkpoint_timer/{number - 3}")
         over = time.monotonic() - self._started >= self._seconds
         return self._processes.broadcast(f"checkpoint_timer/{number}/answer", str(over), DAY) == str(True)
 
 
 def better_of(best: dict[str, Any] | None, step: int, metric: str, loss: float) -> dict[str, Any] | None:
-    """Return the better of `best` and this checkpoint, as its `step` and its loss keyed by the metric's name."""
+    """Return the better of `best` and this checkpoint: a dict with its `step`, and its loss under the metric's name."""
     return {"step": step, metric: loss} if math.isfinite(loss) and (best is None or loss < best[metric]) else best
 
 

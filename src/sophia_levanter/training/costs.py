@@ -99,13 +99,13 @@ def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     factors: Counter[int] = Counter()
     for count, *shape in sizes:
         rotated = [n for n in shape if n <= work.max_size]
-        # A change into or out of the basis multiplies by one square matrix per side.
+        # Projecting into or out of the basis multiplies by one square matrix per side.
         change = sum(2.0 * n * math.prod(shape) for n in rotated)
         products += share(count) * (work.changes + rotations * work.turn_changes) * change
         newton_schulz += share(count) * work.newton_schulz * newton_schulz_flops(*sorted(shape))
         for n in rotated:
             factors[n] += count
-    # The matrix product in the iteration, and the overlap of the new basis vectors with the old ones.
+    # Add the matrix product in the iteration, and the overlap of the new basis vectors with the old ones.
     products += sum(rotations * share(count) * 4.0 * n**3 for n, count in factors.items())
     qr = {n: rotations * share(count) * qr_flops(n) for n, count in factors.items()}
     return MatrixFlops(products, newton_schulz, qr)
@@ -155,7 +155,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Return the bytes of a compiled program's arguments on one device, and the peak of its other memory.
+    """Return the bytes per device for a compiled program's arguments, and for its temporaries and new outputs.
 
     Return None if the backend does not report them.
     """
@@ -204,7 +204,7 @@ def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, re
     """Lower a training step, so that it can be compiled.
 
     Args:
-        config: the run's configuration. Its text is not read.
+        config: the run's configuration. The training text is not read.
         partition: the devices, which need not exist.
         vocab_size: number of tokens that can be predicted.
         refresh: whether the step refreshes the curvature.

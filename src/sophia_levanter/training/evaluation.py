@@ -122,6 +122,6 @@ def evaluate_sets(
 
 @eqx.filter_jit
 def _summed_loss(partition: Partition, policy: jmp.Policy, model: LanguageModel, batch: Batch) -> jax.Array:
-    """Sum the loss over a batch with one microbatch. The partition must be active, as the program depends on it."""
+    """Sum the loss over a batch with one microbatch. The partition must be active, as compilation depends on it."""
     one = jax.tree.map(lambda x: x["microbatch", 0], batch, is_leaf=lambda x: hasattr(x, "axes"))
     return policy.cast_to_compute(model).losses(one)[0]

@@ -97,7 +97,7 @@ class Loop:
         evaluating: the callback that keeps track of the best validation loss.
         saving: the callback that saves states. The loop also uses it to save the final state.
         tokens_per_sequence: number of predicted tokens in a row of a batch.
-        mfu_per_token_rate: model FLOPs utilisation at one token per second.
+        mfu_per_token_rate: model FLOPs utilization at one token per second.
         saved: the path or URL of the last checkpoint; None until `run` has finished.
         first_step: the first step of `run`.
         seconds: the duration of `run`, in seconds.
@@ -233,7 +233,7 @@ class Loop:
         return batch
 
     def _read(self, most_running: int) -> None:
-        """Read the results of finished steps, waiting until at most `most_running` steps may still be running."""
+        """Wait for and read the results of steps, oldest first, until at most `most_running` results are unread."""
         while len(self._running) > most_running:
             step, output, end = self._running.popleft()
             numbers = {name: float(value) for name, value in output.metrics.items()} | by_layer(output.statistics)
@@ -321,5 +321,5 @@ def compile_steps(
 
 @lru_cache(maxsize=16)
 def _jitted(step: Callable[..., Any], settings: StepSettings, refresh: bool, partition: Partition) -> Any:
-    """Return a jitted step. It is cached per partition, because the programs depend on the active partition."""
+    """Return a jitted step. It is cached per partition, because compilation depends on the active partition."""
     return eqx.filter_jit(partial(step, settings, refresh), donate="all-except-first")

@@ -19,7 +19,7 @@ PyTree = Any
 
 
 class StepTrees(NamedTuple):
-    """The argument of a metric.
+    """The argument passed to a registered metric.
 
     Attributes:
         grads: the mean gradient before clipping, with the same tree structure as the trainable part of the model.
@@ -57,7 +57,7 @@ def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> N
     """Trace the metrics without computing them, so that mistakes are found before a run begins.
 
     Args:
-        metrics: pairs of a name and a metric.
+        metrics: (name, metric) pairs.
         state: the run's state as a tree of `jax.ShapeDtypeStruct`s.
 
     Raises:

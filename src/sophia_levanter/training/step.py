@@ -47,7 +47,7 @@ class TrainState(eqx.Module):
         skipped_steps: int32, number of steps skipped because the loss or gradient was not finite or the loss spiked.
             A skipped step changes only the counts.
         skipped_in_a_row: int32, number of skipped steps since the last good step.
-        recent_loss: float32, exponential mean of the losses of good steps, in nats; infinite before the first one.
+        recent_loss: float32, exponential moving average of the loss over good steps, in nats; initially infinite.
         skipped_windows: int32, number of sequences in the data order that the run has skipped because of rollbacks.
         average: an average of the parameters, in at least float32, or None.
         snapshots: the latest parameter snapshots, whose mean is `average`, in the dtypes of the parameters. Snapshots
@@ -123,7 +123,7 @@ class StepSettings:
         lawa_snapshots: number of snapshots.
         curvature_microbatches: number of leading microbatches used to refresh the curvature; None for all.
         curvature_microbatch_size: rows per curvature microbatch; None for the same number as in gradient microbatches.
-        metrics: registered metrics to compute, as pairs of a name and a metric.
+        metrics: registered metrics to compute, as (name, metric) pairs.
         statistics: whether to measure statistics of individual arrays. The loop compiles separate steps for this.
     """
 
@@ -202,7 +202,7 @@ def train_step(
     curvature_batch: Batch | None = None,
     samples: NamedArray | None = None,
 ) -> tuple[TrainState, StepOutput]:
-    """Take a step: compute the gradient over all microbatches, refresh the curvature if requested, update the model.
+    """Take a step: compute the gradient over all microbatches, optionally refresh the curvature, and update the model.
 
     If the loss or gradient is not finite, or the loss is a spike, the parameters, momentum and curvature are left
     unchanged. If the curvature estimate is not finite, only the refresh is skipped. The counts advance in both cases.
@@ -267,7 +267,7 @@ def _passes(
     curvature_batch: Batch | None,
     samples: NamedArray | None,
 ) -> RefreshStep:
-    """Create the `RefreshStep` with which an estimator runs its passes over the batch."""
+    """Create the `RefreshStep` that an estimator uses to run its passes over the batch."""
     losses_fn = _losses_fn(settings, keys)
     first, others = curvature_rows(settings, batch)
     source = first if curvature_batch is None else curvature_batch
@@ -340,7 +340,7 @@ def _regroup(x: NamedArray, rows: slice, size: int) -> NamedArray:
 
 
 def _row_uniforms(key: jax.Array, batch: Batch) -> NamedArray:
-    """Draw uniforms in [0, 1) per row, independently of the mesh: float32 [microbatch, batch, position]."""
+    """Draw uniform samples in [0, 1) for each row, regardless of the mesh: float32 [microbatch, batch, position]."""
     axes = batch.tokens.axes
     rows = jnp.arange(axes[0].size * axes[1].size)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

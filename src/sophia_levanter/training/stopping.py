@@ -19,7 +19,7 @@ RUN_STOPS = "stop requested; the run will save and stop after the current step o
 
 
 class StopRequest:
-    """Records signals that request a run to stop, so that it can save first, and prints a line immediately.
+    """Records signals that ask a run to stop, so that it can save first, and prints a line immediately.
 
     Signals are handled only in the main thread. After a SIGINT, a second SIGINT is handled as if these handlers were
     not installed. After any other signal, this is the case only if `interruptible` is true. The handlers stay installed
@@ -31,7 +31,7 @@ class StopRequest:
         signals: the signals to record.
         several: whether the run has several processes. If so, the JAX runtime records SIGTERM and notifies all of them,
             and a SIGINT to one of them is forwarded as SIGTERM.
-        interruptible: whether SIGINT interrupts the process after another signal, or is ignored so that the run saves.
+        interruptible: whether a SIGINT after another signal interrupts the process; if not, it is ignored.
 
     Attributes:
         signal: the recorded signal, or None.

@@ -1,7 +1,7 @@
 """Language model benchmarks: multiple-choice questions scored by likelihood, and last-word prediction.
 
 Prompts, continuations and scores match EleutherAI's lm-evaluation-harness 0.4. The score of a choice is the total
-log-probability of its tokens given the context. The normalised score is the score divided by the length of the choice
+log-probability of its tokens given the context. The normalized score is the score divided by the length of the choice
 in characters.
 """
 
@@ -60,7 +60,7 @@ class TaskResult:
     Attributes:
         num_items: number of items.
         accuracy: fraction of correct answers. A last word is correct if each of its tokens is the most likely one.
-        normalized_accuracy: fraction of correct answers by normalised score; None for last-word tasks.
+        normalized_accuracy: fraction of correct answers by normalized score; None for last-word tasks.
         perplexity: exp of the mean negative log-probability of the last words; None for multiple-choice tasks.
     """
 
@@ -194,7 +194,7 @@ class TaskScorer:
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
-        """Score a model on the items of one task. Texts longer than the model's context are truncated on the left."""
+        """Score a model on the items of one task. Inputs longer than the model's context are truncated on the left."""
         seq_len = model.config.seq_len
         rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
         found = list(self._log_probabilities(rows, model, on_progress))
@@ -215,7 +215,7 @@ class TaskScorer:
     def _log_probabilities(
         self, rows: Sequence[_Row], model: LanguageModel, on_progress: Callable[[], None]
     ) -> Iterator[tuple[float, bool]]:
-        """Yield, for each row, the log-probability of its continuation, and whether greedy decoding produces it."""
+        """For each row, yield the log-probability of its continuation, and whether greedy decoding produces it."""
         size = ROWS_PER_DEVICE * self._partition.row_shards
         longest = max(len(row.tokens) for row in rows) - 1
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
@@ -262,7 +262,7 @@ def _score_rows(
     """Compute the results of `_log_probabilities` for a batch of rows, and replicate them on every device.
 
     Each device scores its rows one at a time, because the logits of all rows may not fit in memory. The partition must
-    be active, as the program depends on it.
+    be active, because compilation depends on it.
     """
     model = policy.cast_to_compute(model).gathered()
     hidden = model.final_hidden(inputs, None).rearrange(("batch", "position", "embed"))
