@@ -17,11 +17,11 @@ from rich.text import Text
 from sophia_levanter.errors import one_line
 from sophia_levanter.status import report_resumed, report_step
 
-# The minimum terminal widths for showing the bar and the elapsed time, and their own widths, in columns.
+# For the bar and the elapsed time: the minimum terminal width at which each is shown, and its own width, in columns.
 WIDTH_FOR_BAR, BAR_WIDTH = 120, 20
 WIDTH_FOR_ELAPSED, ELAPSED_WIDTH = 70, 9
 SMOOTHING = 0.95
-LONGEST_SILENCE = 10.0  # seconds between plain lines, unless a step takes longer
+LONGEST_SILENCE = 10.0  # maximum seconds between plain lines, unless a step takes longer
 
 
 class StepNumbers:
@@ -124,7 +124,7 @@ class Console:
         self._console.print(text, markup=False, emoji=False, highlight=False)
 
     def rows(self, rows: Sequence[tuple[str, str]], notices: Collection[str] = ()) -> None:
-        """Print rows of names and texts: as a table in a terminal, and as lines elsewhere.
+        """Print named rows as a table in a terminal, and as plain lines elsewhere.
 
         Args:
             rows: the name and the text of each row.
@@ -190,7 +190,7 @@ class Console:
             self._progress = None
 
     def _room_for_numbers(self, left: str) -> int:
-        """Return the number of columns left for the numbers by the other parts of the progress line and the blanks."""
+        """Return the number of columns that remain for the numbers after the other parts of the progress line."""
         width = self._console.width
         others = [2 * len(str(self._total)) + 1, len(left)]
         others += [BAR_WIDTH] if width >= WIDTH_FOR_BAR else []

@@ -187,7 +187,7 @@ class Background:
 
     Args:
         name: the tracker's name, for messages.
-        start: creates the tracker. It is called in the thread.
+        start: creates the tracker; called in the background thread.
         warn: prints a warning.
     """
 

@@ -22,7 +22,7 @@ FINISH_SECONDS = 60
 
 
 class Wandb:
-    """A wandb run, which continues an earlier wandb run with the same id. It is offline if the server is unreachable.
+    """Logs to a new wandb run or the existing one with the same id. The run is offline if the server is unreachable.
 
     wandb's own step can only increase, but a run may roll back to a checkpoint. The x axis therefore uses a separate
     metric called `step`, and repeated steps appear twice.
