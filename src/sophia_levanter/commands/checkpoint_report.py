@@ -17,7 +17,7 @@ from sophia_levanter.tracking.console import show_age
 
 
 def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
-    """Yield the lines of a table of the steps in a folder, given its path or URL."""
+    """Yield the lines of a table of the checkpoints in a folder, given its path or URL."""
     best = best_step(location, steps)
     yield f"{'step':>10}  {'saved':<16}  {'size':>9}  {'loss':>8}  {'validation':>10}"
     for step in steps:
@@ -35,11 +35,11 @@ def list_steps(location: str, steps: Sequence[int]) -> Iterator[str]:
 
 
 def verify(location: str, step: int) -> tuple[list[str], str]:
-    """Read every byte of a step. Return a line for each damaged file, and a one-line summary."""
+    """Read every byte of a checkpoint. Return a line for each damaged file, and a one-line summary."""
     started = time.perf_counter()
     try:
         wrong = damage(location, step)
-    except InputError as error:  # a step in a different format must not stop the check of other steps
+    except InputError as error:  # a checkpoint in a different format must not prevent checking the others
         wrong = [str(error)]
     if wrong:
         return wrong, f"damaged, {counted(len(wrong), 'file')}"
@@ -49,10 +49,10 @@ def verify(location: str, step: int) -> tuple[list[str], str]:
 
 
 def describe(location: str, step: int) -> Iterator[str]:
-    """Yield lines that describe a step: its metadata, and a tree of arrays with their shapes, chunks, sizes and norms.
+    """Yield lines that describe a checkpoint: its metadata, and a tree of arrays with shapes, chunks, sizes and norms.
 
     Raises:
-        CheckpointError: if the step is damaged.
+        CheckpointError: if the checkpoint is damaged.
     """
     manifest = read_step(location, step)
     saved_at = datetime.datetime.fromtimestamp(manifest.saved_at, datetime.UTC)
@@ -76,10 +76,10 @@ def describe(location: str, step: int) -> Iterator[str]:
 
 
 def compare(location: str, first: int, second: int) -> Iterator[str]:
-    """Yield lines that compare two steps: configuration, missing or reshaped arrays, and changes in other arrays.
+    """Yield lines that compare two checkpoints: configuration, missing or reshaped arrays, and changed arrays.
 
     Raises:
-        CheckpointError: if one of the steps is damaged.
+        CheckpointError: if one of the checkpoints is damaged.
     """
     a, b = read_step(location, first), read_step(location, second)
     before, after = (_flat(_mapping(m.metadata, "config")) for m in (a, b))
@@ -109,7 +109,7 @@ def compare(location: str, first: int, second: int) -> Iterator[str]:
 
 
 def best_step(location: str, steps: Sequence[int]) -> int | None:
-    """Return the step with the lowest validation loss, as recorded in the newest readable step."""
+    """Return the step with the lowest validation loss, as recorded in the newest readable checkpoint."""
     for step in reversed(steps):
         try:
             best = _mapping(read_step(location, step).metadata, "best").get("step")
@@ -120,7 +120,7 @@ def best_step(location: str, steps: Sequence[int]) -> int | None:
 
 
 def size_of_step(location: str, step: int) -> str:
-    """Format the total size of the arrays in a step."""
+    """Format the total size of the arrays in a checkpoint."""
     try:
         return _size(_num_bytes(read_step(location, step).arrays))
     except (CheckpointError, InputError):

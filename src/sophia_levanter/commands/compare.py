@@ -192,11 +192,11 @@ class _Comparison:
             print(one_line(f"{state:6} {describe(run)}"))
 
     def texts(self) -> Texts:
-        """Return the digests of the texts used by the runs.
+        """Return the digests of the data used by the runs.
 
         Raises:
-            InputError: if a text is missing or differs from the text in a record. The path of a text may change, but
-                not its content, because the runs of a study are compared with each other.
+            InputError: if data is missing or differs from the data in a record. Paths may change, but contents may not,
+                because the runs of a study are compared with each other.
         """
         from sophia_levanter.studies.runner import digests
 

@@ -1,4 +1,4 @@
-"""`python -m sophia_levanter.commands.evaluate MODEL`: measure the loss on a text, or the score on a task."""
+"""`python -m sophia_levanter.commands.evaluate MODEL`: measure the loss on text, or the score on a task."""
 
 from __future__ import annotations
 

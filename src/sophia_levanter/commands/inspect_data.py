@@ -106,7 +106,7 @@ def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> No
 
 
 def _ends_in_parts(store: TokenStore) -> Iterator[np.ndarray]:
-    """Yield the `document_ends` of all documents, in arrays for `DOCUMENTS_AT_ONCE` documents."""
+    """Yield the `document_ends` of all documents, at most `DOCUMENTS_AT_ONCE` at a time."""
     for first in range(0, store.num_documents, DOCUMENTS_AT_ONCE):
         yield store.document_ends(first, min(first + DOCUMENTS_AT_ONCE, store.num_documents))
 

@@ -95,7 +95,7 @@ def parse(words: Sequence[str]) -> Launch:
     path = Path(arguments.needed("--config", "FILE", "for example, --config config/gpt2_large_sophia.yaml"))
     cluster_file = Path(arguments.needed("--cluster", "FILE", "for example, --cluster infra/local.yaml"))
     config = load_config(path, arguments.overrides)
-    cluster = read_cluster(cluster_file)  # after importing the run's plug-ins, which may register its backend
+    cluster = read_cluster(cluster_file)  # after `load_config`, which imports plug-ins that may register the backend
     _check_fit(config, cluster, dry_run="--dry_run" in arguments.flags)
     if config.trainer.run_dir is None:
         trainer = dataclasses.replace(config.trainer, run_dir=str(Path("runs", path.stem)))

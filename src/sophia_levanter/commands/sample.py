@@ -79,7 +79,7 @@ def parse(words: Sequence[str]) -> Command:
     """Parse the command line, and read the prompt file.
 
     Raises:
-        InputError: if an argument is unknown or missing, a value is missing or invalid, or the file is not text.
+        InputError: if an argument is unknown or missing, a value is missing or invalid, or the file is not valid UTF-8.
     """
     arguments = parse_arguments(
         words, options=OPTIONS, repeatable=("--prompt",), flags=("--averaged",), overrides=True, words=True
@@ -200,7 +200,7 @@ def _print_at_once(text: str) -> None:
 def _drawn(
     command: Command, prompts: Sequence[Sequence[int]], rows: Sequence[tuple[int, int]], loaded: LoadedModel
 ) -> Iterator[list[int | None]]:
-    """Yield the next token for each row, a (prompt, sample) pair, or None if the document in that row has ended."""
+    """At each step, yield the next token of every (prompt, sample) row, with None for rows whose document has ended."""
     import jax
 
     from sophia_levanter.models.sampling import generate

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
-    # A --help after the dashes is an argument of COMMAND.
+    # A --help after the `--` is an argument of COMMAND.
     return run_command(own, lambda words: _run(words, given[len(own) + 1 :]), usage=USAGE, interrupted="interrupted")
 
 
