@@ -1,4 +1,4 @@
-"""Check whether the losses of runs are comparable, and list their configurations, texts and machines."""
+"""Check whether the losses of runs are comparable, and list the runs' configurations, data and machines."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def configurations(runs: Sequence[Run]) -> tuple[list[Row], list[Row]]:
 
 
 def facts(runs: Sequence[Run]) -> list[Row]:
-    """List the directory, checkpoint, texts, tokenizer and machine of each run."""
+    """List the directory, checkpoint, data, tokenizer and machine of each run."""
     return [
         ("run directory", [str(run.path) for run in runs]),
         ("checkpoint", [run.checkpoint for run in runs]),
@@ -149,7 +149,7 @@ def _digest(corpus: Mapping[str, Any] | None) -> str:
 
 
 def _parts(corpus: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """Return the texts in a mixture or in a group of validation sets, or None for a single text.
+    """Return the parts of a mixture or of a group of validation sets, or None for a single corpus.
 
     Invalid values are tolerated, because checkpoints from other programs may contain anything here.
     """

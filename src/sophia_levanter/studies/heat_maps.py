@@ -35,7 +35,7 @@ CAPTION = (
 )
 MOST_COLUMNS = 400
 WIDTH = 5.2  # width of a panel, in inches
-ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # heights of a row, of an array with its label, and of all rows
+ROW, LEAST_ARRAY, MOST_ROWS = 0.05, 0.14, 5.0  # height of a row, minimum per array, maximum for all rows, in inches
 CAPTION_LETTERS = 18  # letters per inch
 TITLE_HEIGHT, CAPTION_LINE_HEIGHT = 0.3, 0.13  # in inches
 
@@ -136,7 +136,7 @@ def _figure(found: Statistics) -> Figure:
 
 
 def _draw(axes: Axes, found: Statistics, kind: str, grid: np.ndarray) -> Any:
-    """Draw the cells and lines between arrays. Each cell extends from its step to the next step with statistics."""
+    """Draw the cells and the lines between arrays. Each cell extends from its step to the next step with statistics."""
     steps = found.steps
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))

@@ -82,7 +82,7 @@ def in_lines(runs: Sequence[Run], comparability: Comparability) -> list[str]:
 
 
 def notes(runs: Sequence[Run], comparability: Comparability) -> list[str]:
-    """Return notes for the reader about the limits of the comparison, and cautions about the settings of the runs."""
+    """Return notes for the reader about the limits of the comparison, and warnings about the settings of the runs."""
     return [*comparability.notes, *_cautions(runs, comparability)]
 
 
@@ -104,7 +104,7 @@ def _is_controlled(run: Run) -> bool:
 
 
 def _edges(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield warnings about grids, groups of three or more finished runs that differ only in optimizer settings."""
+    """Yield warnings about grids: groups of three or more finished runs that differ only in optimizer settings."""
     grids: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.is_finished and math.isfinite(_last(run, "validation/loss")):
@@ -195,7 +195,7 @@ class Cell:
     remark: str = ""
 
 
-# The columns of the first table.
+# The columns of the table that `headline` fills.
 COLUMNS = (
     "run",
     "status",
@@ -253,7 +253,7 @@ def _with_interval(run: Run, name: str) -> str:
 
 
 def status(run: Run) -> str:
-    """Describe the status of a run."""
+    """Describe whether a run has finished, diverged or stopped, or is still in progress."""
     if run.has_diverged:
         return "diverged" if run.is_finished else f"diverged at step {run.steps_done:,}"
     if run.is_finished:
@@ -309,7 +309,7 @@ def _utilisation(run: Run) -> str:
     """Format the mean MFU over time: the model FLOPs of all steps divided by the peak FLOPs during that time."""
     if run.rates is None or "train/mfu" not in run.series:
         return NOTHING
-    # Weight each step by its duration, because all steps have the same model FLOPs per token.
+    # Weight each step by its duration, because the product of MFU and duration is proportional to model FLOPs.
     shares = run.series["train/mfu"]
     steps, of_rates, of_shares = np.intersect1d(run.rates.steps, shares.steps, return_indices=True)
     seconds = np.diff(run.tokens_at(np.append(0, steps))) / run.rates.values[of_rates]

@@ -325,7 +325,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
 def limits(curves: Sequence[np.ndarray]) -> tuple[float, float] | None:
     """Choose axis limits that show how curves end, ignoring steep beginnings and outlying curves.
 
-    The first tenth of each curve is ignored and, for the upper limit, so are its highest values. The upper limit covers
+    The first tenth of each curve is ignored. The upper limit also ignores the highest values of each curve; it covers
     the median curve, curves near it, and the ends of other curves that are descending.
 
     Args:

@@ -77,9 +77,9 @@ class Record:
 
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
-    """Return the fields that affect the result of a run, keyed by dotted name."""
+    """Return the fields that affect the result of a run, keyed by dotted name, excluding validation sources."""
     matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
-    return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}  # named sets
+    return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}
 
 
 def config_of(record: Record) -> TrainConfig:

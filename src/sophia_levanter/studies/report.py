@@ -66,7 +66,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
 
 def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
     diverged = sum(record.loss is None for record in records)
-    # Older records of runs that diverged before their first checkpoint lack both the size and the text.
+    # Older records of runs that diverged before their first checkpoint lack both the model size and the data digest.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
     texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
     were = "was" if len(records) == 1 else "were"
@@ -105,7 +105,7 @@ def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a caution for each numeric setting whose value at the best point is the smallest or largest one tried."""
+    """Yield a warning for each numeric setting whose value at the best point is the smallest or largest one tried."""
     for field, value in best.items():
         if type(value) not in (int, float):
             continue
@@ -116,7 +116,7 @@ def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str,
 
 
 def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
-    """Yield a caution if the win rate shows that rho is unsuitable."""
+    """Yield a warning if the win rate shows that rho is unsuitable."""
     low, high = WIN_RATES
     if not low <= rate <= high:
         remedy = "a larger rho" if rate < low else "a smaller rho"
@@ -124,7 +124,7 @@ def unusual_win_rate(name: str, rate: float) -> Iterator[str]:
 
 
 def few_evaluations(count: int, where: str = "a run") -> Iterator[str]:
-    """Yield a caution if there are too few validation losses to plot a curve."""
+    """Yield a warning if there are too few validation losses to plot a curve."""
     if count < FEWEST_EVALUATIONS:
         losses = f"{counted(count, 'validation loss')} in {where} {'is' if count == 1 else 'are'}"
         yield f"{losses} too few for a curve; use {FEWEST_EVALUATIONS} or more."

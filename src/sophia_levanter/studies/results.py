@@ -123,7 +123,7 @@ def flops_per_token(record: Record) -> float:
 
 
 def seconds_per_step(record: Record) -> float:
-    """Return the median seconds per step on the machine of the run, with refreshes averaged over all steps."""
+    """Return the median seconds per step on the run's machine, with refreshes averaged over all steps."""
     plain, refresh = record.seconds
     if refresh is None or plain is None:
         return plain or refresh or 0.0

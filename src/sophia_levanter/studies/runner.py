@@ -136,7 +136,7 @@ def digests(config: DataConfig) -> dict[str, str]:
     """Compute digests of the training and validation tokens, keyed by field name. Prepare tokens that are missing.
 
     Raises:
-        InputError: if a text is missing or empty.
+        InputError: if the training or validation text is missing or empty.
     """
     data = prepare(config, lambda line: print(one_line(line), flush=True))
     only = data.validation if "" in data.validation_sets else None

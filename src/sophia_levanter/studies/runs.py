@@ -52,7 +52,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has started.
+    """The configuration, metrics and metadata of a run that has started.
 
     Attributes:
         name: the display name of the run.
@@ -131,11 +131,11 @@ class Run:
 
     @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Numbers of steps, and the seconds that they took, excluding compilation, evaluations and saves."""
+        """Step counts and the training time up to each, in seconds, excluding compilation, evaluations and saves."""
         rates = self.rates
         if rates is None:
             return None
-        # A step whose rate was not logged, or lost with a disk, is assumed to be as fast as the next logged step.
+        # A step whose rate is missing from the metrics is assumed to be as fast as the next step with a rate.
         tokens = np.diff(self.tokens_at(np.append(0, rates.steps)))
         return np.append(0, rates.steps), np.append(0.0, np.cumsum(tokens / rates.values))
 

@@ -29,7 +29,7 @@ from sophia_levanter.run.directory import RunDirectory
 from sophia_levanter.run.resuming import steps_in_common
 
 LEAST_SHARE = 0.25  # minimum fraction of the shorter run to share; waiting for fewer steps is not worthwhile
-SHARED_STEPS = "shared_steps"  # name of a file in the run directory and of an entry in records: number of reused steps
+SHARED_STEPS = "shared_steps"  # file in the run directory, and key in records, that stores the number of reused steps
 # Fields that depend on the length of a run but do not affect its steps.
 _OF_LENGTH = (
     "trainer.num_train_steps",
@@ -114,7 +114,7 @@ def _obstacle(config: TrainConfig) -> str | None:
 
 
 def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
-    """Explain why two runs do not share steps that they could share with equal warm-ups. Otherwise, return None."""
+    """Return the reason, if any, why two runs do not share the steps that they could share with equal warm-ups."""
     if shorter.trainer.num_train_steps == longer.trainer.num_train_steps:
         return None
     warmups = [config.optimizer.warmup for config in (shorter, longer)]

@@ -1,4 +1,4 @@
-"""Study files, which specify the training runs to compare. To report mistakes quickly, jax is not imported."""
+"""Study files, which specify the training runs to compare. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction"
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
 LONGEST_NAME = 60  # maximum length of an arm's name, for tables and legends
 SECTIONS = ("settings", "grid")
-# Fields of a run that are set by the study, with the corresponding field or option of the study.
+# Settings of a run that the study determines, each with the field or option of the study to use instead.
 OWN_FIELDS = {
     "trainer.num_train_steps": "tokens",
     "trainer.seed": "seeds",
