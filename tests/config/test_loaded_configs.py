@@ -269,7 +269,7 @@ def test_a_mixture_of_texts(tmp_path: Path) -> None:
         ("[{weight: 2}]", "data.train[0].source is missing; valid fields are source, weight"),
         ("[{source: a, weight: x}]", "data.train[0].weight is 'x'; it must be a finite number"),
         ("[{source: a, weight: 0}]", "data.train.weight is 0.0; it must be above 0"),
-        ("[{source: ''}]", "data.train.source is empty; specify a file, hub:NAME, ..."),
+        ("[{source: ''}]", "data.train.source is empty; specify a file, hub:NAME or another source"),
         ("[]", "data.train is empty"),
         ("{source: a}", "data.train is a mapping; it must be a string"),
         ("7", "data.train is 7; it must be a string"),

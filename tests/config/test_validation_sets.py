@@ -55,7 +55,10 @@ def test_what_is_given_later_counts(above, overrides, expected, write):
         ),
         ("validation: {'': x}", "data.validation: '' is not a valid name; use letters"),
         ("validation: {type: x}", "data.validation: 'type' is not a valid name; use letters"),
-        ("validation: {a: ''}", "data.validation.a is empty; specify a file, hub:NAME, ..., or omit it"),
+        (
+            "validation: {a: ''}",
+            "data.validation.a is empty; specify a file, hub:NAME or another source, or omit the setting",
+        ),
         ("validation: {a: 5}", "data.validation.a is *** (int); it must be a quoted string"),
         ("validation: {a: {b: c}}", "data.validation.a is a mapping; it must be a quoted string"),
         ("validation: {a: [b]}", "data.validation.a is a list; it must be a quoted string"),

@@ -18,7 +18,9 @@ class MixturePart(Settings):
 
     section: ClassVar[str] = "data.train"
 
-    source: str = setting(MISSING, "text source, in the same form as data.train", empty="specify a file, hub:NAME, ...")
+    source: str = setting(
+        MISSING, "text source, in the same form as data.train", empty="specify a file, hub:NAME or another source"
+    )
     weight: float = setting(1.0, "sampling weight, relative to the other sources", above=0)
 
 
@@ -49,7 +51,9 @@ class DataConfig(Settings):
     invalid_utf8: str = setting(
         "error", "how to handle invalid UTF-8; replace inserts U+FFFD", choices=("error", "replace")
     )
-    on_leak: str = setting("warn", "how to report documents in both train and validation", choices=("warn", "error"))
+    on_leak: str = setting(
+        "warn", "how to report documents in both the training and the validation text", choices=("warn", "error")
+    )
     bad_rows: str = setting(
         "error", "how to handle rows without text; skipped rows are counted", choices=("error", "skip")
     )
@@ -67,7 +71,7 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train == ():
-            raise InputError("data.train is empty; specify a file, hub:NAME, ...")
+            raise InputError("data.train is empty; specify a file, hub:NAME or another source")
         check_utf8("data.cache_dir", self.cache_dir)
         if not isinstance(self.train, str) and self.validation is None:
             raise InputError("data.validation is missing; it is required if data.train is a mixture")
@@ -106,7 +110,9 @@ def _check_sets(sets: Mapping[str, str]) -> None:
     for name, source in sets.items():
         check_name("data.validation", name)
         if not source:
-            raise InputError(f"{validation_field(name)} is empty; specify a file, hub:NAME, ..., or omit it")
+            raise InputError(
+                f"{validation_field(name)} is empty; specify a file, hub:NAME or another source, or omit the setting"
+            )
 
 
 def check_name(field: str, name: str) -> None:

@@ -174,7 +174,7 @@ def _report_of(report: Report, field: str, line: str) -> None:
 
 
 def _where(found: FoundSource, number: int) -> str:
-    """Describe the location of document `number` (counted from 0), by its file if the source can be read again."""
+    """Describe the location of document `number` (0-based), naming its file if the source can be read again."""
     if found.source is not None:
         with contextlib.suppress(InputError, OSError):
             for position, _ in islice(found.source.documents(), number, None):

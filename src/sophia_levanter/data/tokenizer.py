@@ -226,7 +226,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def vocab_size_of(name: str) -> int:
-    """Return the vocabulary size of the tokenizer called `name`. Well-known encodings are not loaded.
+    """Return the vocabulary size of the tokenizer called `name`. Well-known tokenizers are not loaded for this.
 
     Raises:
         InputError: under the same conditions as `load_tokenizer`.

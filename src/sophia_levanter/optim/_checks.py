@@ -1,4 +1,4 @@
-"""Checks of arguments and pytrees. Under `jit` and `vmap`, numbers may be tracers, whose values cannot be checked."""
+"""Argument and pytree checks. Under `jit` and `vmap`, numbers may be tracers, whose values cannot be checked."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def _check_tokenizer(directory: Path | str, shown: str, tokenizer: Tokenizer, st
     if trained_with is not None and trained_with["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"data.tokenizer {tokenizer.name} differs from the one that {shown} was trained with; "
-            "specify that one with --data.tokenizer"
+            "specify the original tokenizer with --data.tokenizer"
         )
 
 

@@ -36,7 +36,7 @@ def find_checkpoints(directory: RunDirectory, processes: Processes, console: Con
     """Return whether there are checkpoints to resume from. Lock the directory, unless `directory.resume` is `never`.
 
     Raises:
-        InputError: if `directory.resume` is `never` but checkpoints exist, or if there are no checkpoints although
+        InputError: if `directory.resume` is `never` but checkpoints exist, or if there are no checkpoints even though
             `directory.resume` is `always` or the run has already saved one.
     """
     if directory.resume != "never":

@@ -40,7 +40,7 @@ class MatrixFlops:
 
     @property
     def total(self) -> float:
-        """The sum over all kinds of operations."""
+        """The total over all operation types."""
         return self.products + self.newton_schulz + sum(self.qr.values())
 
 
