@@ -8,9 +8,10 @@ import haliax.nn as hnn
 import pytest
 
 from sophia_levanter.config.assembly import check_optimizer
-from sophia_levanter.config.baselines import AdamWConfig
+from sophia_levanter.config.baselines import AdamWConfig, SoapConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
+from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import (
     LanguageModel,
@@ -117,3 +118,18 @@ def test_a_group_that_decays_only_what_a_hyperball_keeps_is_refused():
     check_optimizer(alone, GPT2, 100)
     for group in (GroupConfig("blocks", weight_decay=0.1), GroupConfig(role="matrix", weight_decay=0.0)):
         check_optimizer(AdamWConfig(hyperball=True, groups=(group,)), GPT2, 100)
+
+
+def test_a_basis_that_rotates_nothing_is_refused():
+    """A run that began so may resume."""
+    message = (
+        "optimizer.basis_max_size is 7, but the shortest side of a matrix is 8, so the Kronecker basis rotates "
+        "nothing; set it to at least 8"
+    )
+    for config in (SoapConfig(basis_max_size=7), SophiaGConfig(basis="kronecker", basis_max_size=7)):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            check_optimizer(config, GPT2, 100)
+        check_optimizer(config, GPT2, 100, resumes=True)
+        check_optimizer(config, UnigramsConfig(**SHAPE), 100)
+        check_optimizer(dataclasses.replace(config, basis_max_size=8), GPT2, 100)
+    check_optimizer(SophiaGConfig(basis_max_size=7), GPT2, 100)

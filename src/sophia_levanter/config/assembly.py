@@ -7,7 +7,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sophia_levanter.config.groups import check_groups
-from sophia_levanter.config.transfer import curvature_scales, gradient_scales, scale_matrix_rates, width_exponents
+from sophia_levanter.config.transfer import (
+    curvature_scales,
+    gradient_scales,
+    matrix_sides,
+    scale_matrix_rates,
+    width_exponents,
+)
 from sophia_levanter.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -83,14 +89,22 @@ def check_optimizer(
         config: the optimizer's settings.
         model_config: the model's settings.
         vocab_size: number of tokens in the tokenizer.
-        resumes: whether a run is being resumed. If so, a group's weight decay is allowed to have no effect.
+        resumes: whether a run is being resumed. If so, a group's weight decay or a basis may have no effect.
 
     Raises:
-        InputError: if a group matches no parameters, if `hyperball` is set but the model has no matrices, or if a group
-            sets a weight decay but contains only matrices with norms fixed by the hyperball.
+        InputError: if a group matches no parameters, if `hyperball` is set but the model has no matrices, if a group
+            sets a weight decay but contains only matrices with norms fixed by the hyperball, or if a Kronecker basis
+            rotates no side of any matrix.
     """
     from sophia_levanter.models.language_model import abstract_model, paths_on_hyperball
 
+    if (longest := config.longest_rotated_side) is not None and not resumes:
+        shortest = min((side for sides in matrix_sides(model_config).values() for side in sides), default=0)
+        if shortest > longest:
+            raise InputError(
+                f"optimizer.basis_max_size is {longest}, but the shortest side of a matrix is {shortest}, so the "
+                f"Kronecker basis rotates nothing; set it to at least {shortest}"
+            )
     if not (config.groups or config.hyperball):
         return
     model = abstract_model(model_config, vocab_size)

@@ -74,6 +74,10 @@ class SoapConfig(OptimizerConfig):
     interval: int = setting(10, "steps between basis updates", low=1)
     basis_max_size: int = setting(4096, "largest matrix side to rotate", low=1)
 
+    @property
+    def longest_rotated_side(self) -> int:
+        return self.basis_max_size
+
     def build(self, num_train_steps: int) -> Optimizer:
         from sophia_levanter.models.language_model import matrix_axes
         from sophia_levanter.optim import KroneckerBasis, Soap

@@ -144,6 +144,11 @@ class OptimizerConfig(Settings, ChoiceRegistry):
                     "weight_decay_mask to it, or remove weight_decay from the groups"
                 )
 
+    @property
+    def longest_rotated_side(self) -> int | None:
+        """The longest matrix side that a Kronecker basis rotates; None without a basis."""
+        return None
+
     def step_counts(self, num_train_steps: int) -> dict[str, int]:
         """Return step counts other than the warm-up for a run of `num_train_steps` steps, keyed by field."""
         return {}
@@ -237,6 +242,10 @@ class SophiaConfig(OptimizerConfig):
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int]:
         size = self.curvature_microbatch_size or trainer.microbatch_size or trainer.batch_size
         return max(1, round(self.curvature_batch_fraction * trainer.batch_size / size)), size
+
+    @property
+    def longest_rotated_side(self) -> int | None:
+        return self.basis_max_size if self.basis == "kronecker" else None
 
     def describe_curvature(self, trainer: TrainerConfig) -> str:
         count, size = self.curvature_microbatches(trainer)

@@ -57,6 +57,23 @@ if TYPE_CHECKING:
     from sophia_levanter.config.optimizer import OptimizerConfig
 
 
+def matrix_sides(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return the inputs and outputs of the matrices in the blocks, keyed by path."""
+    import jax
+
+    from sophia_levanter.models.language_model import abstract_model, matrix_axes
+    from sophia_levanter.optim._matrices import matrix_views
+    from sophia_levanter.optim._trees import is_named
+
+    abstract = abstract_model(model, 1)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract, is_leaf=is_named)]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (view.sizes[1], view.sizes[2])
+        for path, view in zip(paths, matrix_views(matrix_axes, abstract), strict=True)
+        if view is not None
+    }
+
+
 def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any) -> dict[str, float]:
     """Return the exponent e for each matrix, keyed by path. The learning rate is multiplied by n^e for a width of n.
 
@@ -69,12 +86,6 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
         InputError: if the optimizer has no `width_exponent`, rotates different sides of a matrix than in the base
             model, or combines a Kronecker basis with a hyperball.
     """
-    import jax
-
-    from sophia_levanter.models.language_model import abstract_model, matrix_axes
-    from sophia_levanter.optim._matrices import matrix_views
-    from sophia_levanter.optim._trees import is_named
-
     exponent: Any = getattr(optimizer, "width_exponent", None)
     if exponent is None or exponent(1, 1) is None:
         raise InputError(
@@ -87,19 +98,15 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
             "model.parametrization is 'mup', which does not support optimizer.hyperball with a Kronecker basis; "
             "set optimizer.hyperball to false or model.parametrization to standard"
         )
-    abstract, width = abstract_model(model, 1), model.growth.width
+    width = model.growth.width
     exponents: dict[str, float] = {}
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract, is_leaf=is_named)]
-    for path, view in zip(paths, matrix_views(matrix_axes, abstract), strict=True):
-        if view is not None:
-            _, inputs, outputs = view.sizes
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            exponents[name] = exponent(inputs, outputs) + 0.5 * config.hyperball
-            if exponent(inputs, outputs) != exponent(round(inputs / width), round(outputs / width)):
-                raise InputError(
-                    f"optimizer.basis_max_size: {name} ({inputs} x {outputs}) is not rotated on the same sides as in "
-                    f"the base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
-                )
+    for name, (inputs, outputs) in matrix_sides(model).items():
+        exponents[name] = exponent(inputs, outputs) + 0.5 * config.hyperball
+        if exponent(inputs, outputs) != exponent(round(inputs / width), round(outputs / width)):
+            raise InputError(
+                f"optimizer.basis_max_size: {name} ({inputs} x {outputs}) is not rotated on the same sides as in "
+                f"the base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
+            )
     return exponents
 
 
