@@ -199,7 +199,7 @@ def test_a_real_run(config_file, tmp_path, capfd):
     assert "config.optimizer: type sophia_g, learning_rate 0.01" in out
     assert re.search(r"\n {8}c_attn\n {10}weight +float32\[2, 16, 3, 2, 8\], 1 chunk, 6\.1 kB, norm \d", out)
     assert re.search(r"\nmodel: \d+ arrays, 12,624 elements, 50\.5 kB\n", out)
-    assert "step  change" in re.sub(" +", "  ", command(capfd, "diff", run_dir, 6, 12)[1])
+    assert "step  relative  change" in re.sub(" +", "  ", command(capfd, "diff", run_dir, 6, 12)[1])
 
     # While it runs, nothing is removed.
     with (run_dir / ".lock").open("w") as lock:
