@@ -237,7 +237,7 @@ def test_a_bucket(monkeypatch, capfd):
         (["list", "DIR", "--step", "1"], "unknown option '--step'"),
         (["list", "nowhere"], "nowhere does not exist; specify a run directory"),
         (["list", "DIR/step-00000001/arrays"], "arrays contains no checkpoint (no step-* folder)"),
-        (["show", "DIR/step-00000001"], "run, and step 1 separately"),
+        (["show", "DIR/step-00000001"], "run, and the step, 1, separately"),
         (["list", "http://host/x"], "has an unsupported scheme; use a path, gs:// or s3://"),
         (["show", "DIR", "--step", "7"], "has no checkpoint for step 7; available steps: 1, 2, 3, 4"),
         (["verify", "DIR", "--step", "x"], "--step is 'x'; it must be an integer"),
