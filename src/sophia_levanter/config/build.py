@@ -111,7 +111,7 @@ def build(root: type[Root], layers: Sequence[Layer]) -> Root:
     """Build a configuration from layers of settings. Later layers override earlier ones.
 
     When a layer changes a section's type, the section keeps the fields that both types inherit from a class marked
-    `is_family`, or from the registry if there is no such class. Other fields set by earlier layers are dropped.
+    `is_family` or, without one, from the registry. Other fields set by earlier layers are dropped.
 
     Raises:
         InputError: if a key is unknown, or a value has the wrong type or is out of range.

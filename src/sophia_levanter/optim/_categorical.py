@@ -42,7 +42,7 @@ def sample_categorical(logits: Array, uniforms: Array) -> Array:
 def _first_above(weights: Array, ends: Array, target: Array) -> Array:
     """Return the first index with positive weight whose cumulative sum exceeds the target.
 
-    If there is no such index because of rounding, return the last index with positive weight. The weights are checked
+    If rounding leaves no such index, return the last index with positive weight. The weights are checked
     because the first sum above the target may belong to an index with weight 0: a target may be rounded to less than 0,
     and parallel cumulative sums are not exactly monotonic.
     """

@@ -45,7 +45,7 @@ class CheckpointTimer:
 
     Args:
         minutes: maximum time between checkpoints, in minutes; None for no limit.
-        processes: the run's processes, all of which must make the same calls.
+        processes: the run's processes; they must all make the same calls.
     """
 
     def __init__(self, minutes: float | None, processes: Processes) -> None:
