@@ -30,16 +30,16 @@ STUDIES, EVIDENCE = Path("config/studies"), Path("docs/evidence")
 RUNS = 6  # tuning runs of each cell, all with seed 0
 FRESH_SEEDS = [1, 2]  # run at the best point
 WINDOWS = 8  # of 128 tokens, in the unit of a batch
-STEPS = {4: 1024, 16: 1024, 64: 256, 1: 2048}
-START = {16: 4, 64: 16, 1: 4}  # the batch whose best point is the starting point
+STEPS = {4: 1024, 64: 128, 16: 512, 1: 1024}
+START = {64: 4, 16: 4, 1: 4}  # the batch whose best point is the starting point
 FACTORS = {"rho": 2.0, "eps": 10.0}
 CORE = ("parameters_second", "kronecker_second", "parameters_gnb", "kronecker_gnb")
 HUTCHINSON = ("parameters_hutchinson", "kronecker_hutchinson")
 POWER = ("parameters_second_power_1", "kronecker_second_power_1")
 STAGES = [
-    *((batch, CORE) for batch in (4, 16, 64, 1)),
-    *((batch, CORE + HUTCHINSON) for batch in (4, 16, 64, 1)),
-    *((batch, CORE + HUTCHINSON + POWER) for batch in (4, 16, 64)),
+    *((batch, CORE) for batch in (4, 64, 16, 1)),
+    *((batch, CORE + HUTCHINSON) for batch in (4, 64, 16, 1)),
+    *((batch, CORE + HUTCHINSON + POWER) for batch in (4, 64, 16)),
 ]
 # From the best point so far, in the order in which they are tried: exponents of sqrt 2 in the learning rate, and of the
 # factor in the damping. The last two keep learning_rate / rho.
