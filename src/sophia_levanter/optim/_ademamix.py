@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from sophia_levanter.optim._baselines import OptaxOptimizer, add_decayed_weights, check_shared
+from sophia_levanter.optim._baselines import OptaxOptimizer, check_shared, decayed_and_scaled
 from sophia_levanter.optim._checks import check_count, check_number, python_number, whole_number
 from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim._trees import WeightDecayMask, wide_dtype
@@ -88,11 +88,7 @@ class AdEMAMix(OptaxOptimizer):
         check_number("eps", self.eps, low=0)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by_ademamix(self),
-            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
-            optax.scale_by_learning_rate(self.learning_rate),
-        )
+        return decayed_and_scaled(self, scale_by_ademamix(self), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         """Return e such that muP scales the learning rate of a matrix as width^e."""

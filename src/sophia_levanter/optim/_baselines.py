@@ -179,11 +179,7 @@ class AdamW(OptaxOptimizer):
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=self.nesterov)
-        return optax.chain(
-            cautious(adam) if self.cautious else adam,
-            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
-            optax.scale_by_learning_rate(self.learning_rate),
-        )
+        return decayed_and_scaled(self, cautious(adam) if self.cautious else adam, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         """Return e such that muP scales the learning rate of a matrix as width^e."""
@@ -214,20 +210,26 @@ class Lion(OptaxOptimizer):
         check_shared(self)
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype),
-            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
-            optax.scale_by_learning_rate(self.learning_rate),
-        )
+        return decayed_and_scaled(self, optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
-def add_decayed_weights(rate: Scalar, mask: WeightDecayMask, params: PyTree) -> optax.GradientTransformation:
+def decayed_and_scaled(
+    optimizer: Any, direction: optax.GradientTransformation, params: PyTree
+) -> optax.GradientTransformation:
+    """Add decoupled weight decay to a direction, and multiply the sum by the learning rate of the optimizer."""
+    return optax.chain(
+        direction,
+        _add_decayed_weights(optimizer.weight_decay, decay_mask_tree(optimizer.weight_decay_mask, params)),
+        optax.scale_by_learning_rate(optimizer.learning_rate),
+    )
+
+
+def _add_decayed_weights(rate: Scalar, factors: PyTree[bool | float]) -> optax.GradientTransformation:
     """Return a variant of `optax.add_decayed_weights` whose mask may contain factors that scale the rate."""
-    factors = decay_mask_tree(mask, params)
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
 
@@ -326,11 +328,7 @@ class Muon(OptaxOptimizer):
             # Pass a function, because the tree may be a model that is itself callable.
             lambda _: groups,
         )
-        return optax.chain(
-            direction,
-            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
-            optax.scale_by_learning_rate(self.learning_rate),
-        )
+        return decayed_and_scaled(self, direction, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         """Return e such that muP scales the learning rate of a matrix as width^e."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from sophia_levanter.optim._baselines import OptaxOptimizer, add_decayed_weights, check_shared
+from sophia_levanter.optim._baselines import OptaxOptimizer, check_shared, decayed_and_scaled
 from sophia_levanter.optim._checks import check_count, check_number, python_number, whole_number
 from sophia_levanter.optim._kronecker import BasisState, KroneckerBasis
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
@@ -87,11 +87,8 @@ class Soap(OptaxOptimizer):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis")
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by_soap(self.basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype),
-            add_decayed_weights(self.weight_decay, self.weight_decay_mask, params),
-            optax.scale_by_learning_rate(self.learning_rate),
-        )
+        direction = scale_by_soap(self.basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype)
+        return decayed_and_scaled(self, direction, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         """Return e such that muP scales the learning rate of a matrix as width^e."""
