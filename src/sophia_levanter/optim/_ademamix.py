@@ -44,19 +44,14 @@ class AdEMAMix(OptaxOptimizer):
     bias-corrected. The state stores three values per parameter, compared with two for AdamW.
 
     Args:
-        learning_rate: a number or a function of the update count.
         b1: decay rate of the fast average, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
         b3: decay rate of the slow average, in [0, 1).
         alpha: weight of the slow average in the step, at least 0.
         slow_warmup: number of updates over which `alpha` and `b3` grow (in the paper, the whole run); 0 for no warmup.
-        eps: added to the square root of the second moment.
-        weight_decay: decoupled weight decay, multiplied by the learning rate.
-        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
-            None, weight decay applies to all leaves.
         momentum_dtype: dtype of the fast average; None uses the parameter dtypes. The slow average is float32 or wider,
             because bfloat16 would round away its small changes.
-        gradient_transform: an optax transformation applied to the gradient first, or None.
+        learning_rate, eps, weight_decay, weight_decay_mask, gradient_transform: as for `AdamW`.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range.
@@ -91,7 +86,6 @@ class AdEMAMix(OptaxOptimizer):
         return decayed_and_scaled(self, scale_by_ademamix(self), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 

@@ -182,7 +182,6 @@ class AdamW(OptaxOptimizer):
         return decayed_and_scaled(self, cautious(adam) if self.cautious else adam, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
@@ -213,7 +212,6 @@ class Lion(OptaxOptimizer):
         return decayed_and_scaled(self, optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
@@ -268,21 +266,16 @@ class Muon(OptaxOptimizer):
     and the steps are the same as in `optax.contrib.muon`.
 
     Args:
-        learning_rate: a number or a function of the update count, for all parameters.
         beta: decay rate of the momentum of matrices, in [0, 1).
-        b1: decay rate of the first moment of the other parameters, in [0, 1).
-        b2: decay rate of the second moment of the other parameters, in [0, 1).
+        b1, b2: decay rates of the first and second moment of the other parameters, in [0, 1).
         eps: added to the square root of the second moment, and to the norm by which a matrix is initially divided.
-        weight_decay: decoupled weight decay of all parameters, multiplied by the learning rate.
-        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
-            None, weight decay applies to all leaves.
         matrices: a pytree (or a prefix of one), or a function that maps the parameters to one. Its leaves are
             `optax.contrib.MuonDimensionNumbers`, which specify the input (reduction) and output axes of a parameter to
             orthogonalize, or None for other parameters. Any further axes enumerate matrices. If `matrices` is None,
             every leaf with two axes is a matrix, including embeddings.
         momentum_dtype: dtype of the momentum and the first moment; None uses the parameter dtypes.
         mesh_axis: mesh axis over which to divide the orthogonalization; if None, every device does all of it.
-        gradient_transform: an optax transformation applied to the gradient first, or None.
+        learning_rate, weight_decay, weight_decay_mask, gradient_transform: as for `AdamW`, for all parameters.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if `matrices`
@@ -331,7 +324,6 @@ class Muon(OptaxOptimizer):
         return decayed_and_scaled(self, direction, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:

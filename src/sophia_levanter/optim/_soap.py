@@ -47,17 +47,9 @@ class Soap(OptaxOptimizer):
     and the basis are updated before the step, not after it. Third, v is rotated with the basis.
 
     Args:
-        learning_rate: a number or a function of the update count.
-        b1: decay rate of the first moment, in [0, 1).
-        b2: decay rate of the second moment v, in [0, 1).
-        eps: added to the square root of the second moment.
-        weight_decay: decoupled weight decay, multiplied by the learning rate.
-        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
-            None, weight decay applies to all leaves.
         interval: number of updates between rotations of the basis, at least 1.
         basis: the basis, which also specifies the decay rate of L and R.
-        momentum_dtype: dtype of the first moment; None uses the parameter dtypes.
-        gradient_transform: an optax transformation applied to the gradient first, or None.
+        learning_rate, b1, b2, eps, weight_decay, weight_decay_mask, momentum_dtype, gradient_transform: as for `AdamW`.
 
     Raises:
         TypeError, ValueError: if a concrete hyper-parameter is out of range; from `init` and `update`, if
@@ -91,7 +83,6 @@ class Soap(OptaxOptimizer):
         return decayed_and_scaled(self, direction, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
