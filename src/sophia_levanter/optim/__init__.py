@@ -13,11 +13,11 @@ from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
 from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
 from sophia_levanter.optim._norms import CautiousWeightDecay, Hyperball, NormControlState, hyperball_weight_decay
-from sophia_levanter.optim._presets import ReproducedSophia, SophiaG, SophiaH, sophia_g
+from sophia_levanter.optim._presets import ReproducedSophia, Sophia, SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
 from sophia_levanter.optim._rho import ScheduledRho, WinRateController
 from sophia_levanter.optim._soap import Soap
-from sophia_levanter.optim._sophia import AbstractSophia, Sophia
+from sophia_levanter.optim._sophia import AbstractSophia
 from sophia_levanter.optim._trees import decay_mask_tree
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Sophia-G and Sophia-H, and presets that reproduce other implementations of them."""
+"""Sophia with each estimator, and presets that reproduce other implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sophia_levanter.optim._gauss_newton import GaussNewtonBartlett
 from sophia_levanter.optim._hutchinson import Hutchinson
 from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
 from sophia_levanter.optim._rho import WinRateController, rho_rule
-from sophia_levanter.optim._sophia import AbstractSophia, Sophia
+from sophia_levanter.optim._sophia import AbstractSophia
 from sophia_levanter.optim._trees import WeightDecayMask
 
 DENOMINATORS = ("max", "add")
@@ -31,6 +31,23 @@ _AUTHORS: dict[str, Any] = _PAPER | {
     "refresh_order": "after",
     "first_refresh": 9,
 }
+
+
+class Sophia(AbstractSophia):
+    """Sophia with a custom estimator. See `AbstractSophia` for the arguments.
+
+    Set `signed = True` on an estimator if its estimates may be negative.
+
+    Examples:
+        >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)
+        >>> params = {"w": jnp.asarray([1.0, -2.0])}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> updates["w"].tolist()  # without an estimate h is 0, and the step the sign of m
+        [-0.10000000149011612, 0.10000000149011612]
+    """
+
+    default_estimator: ClassVar[Any] = None
+    __init__ = AbstractSophia.__init__
 
 
 class SophiaG(AbstractSophia):

@@ -11,7 +11,6 @@ import optax
 from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from sophia_levanter.optim._algorithm import last_rho, refreshed, unclipped, updated, win_rate
 from sophia_levanter.optim._averages import (
     COUNTS,
     Curvature,
@@ -29,9 +28,11 @@ from sophia_levanter.optim._checks import (
     check_parameters,
     check_same_structure,
     python_number,
+    value_at,
 )
-from sophia_levanter.optim._kronecker import KroneckerBasis
+from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._optax import (
+    agreeing,
     as_optax,
     check_gradient_transform,
     init_transform,
@@ -42,7 +43,12 @@ from sophia_levanter.optim._rho import ScheduledRho, WinRateController, rho_rule
 from sophia_levanter.optim._trees import (
     WeightDecayMask,
     all_finite,
+    decay_mask_tree,
+    num_coordinates,
+    select,
+    total,
     trainable,
+    upcast,
     wide_dtype,
 )
 
@@ -52,31 +58,29 @@ class AbstractSophia(eqx.Module):
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
-        theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)
+        theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)             m and h bias-corrected
+
+    With a basis, m is projected into it before the division, and the clipped ratio is projected back.
 
     If the gradient is not finite, the update is zero and m and h do not change. If an estimate is not finite, h does
     not change and `state.refresh_pending` requests a new one. The state counts both cases; neither raises an error.
 
     Args:
         learning_rate: a number or a function of the update count.
-        b1: decay rate of m, in [0, 1).
-        b2: decay rate of h per refresh, in [0, 1).
+        b1, b2: decay rates of m per update and of h per refresh, in [0, 1).
         rho: scale of h, above 0: a number, a function of the update count, a `WinRateController`, or "auto" for a
             controller with default arguments. The paper calls it gamma. The default is 0.05, or 0.01 for `SophiaH`.
         eps: lower bound on rho h, above 0. Where h is negative or tiny, the step is the sign of m.
         weight_decay: decoupled weight decay (a number or a function of the update count), scaled by the learning rate.
         interval: number of updates between refreshes, at least 1.
-        weight_decay_mask: a pytree of bools (or a prefix of one), or a function that maps the parameters to one. If
-            None, weight decay applies to all leaves.
         estimator: called by `estimate` as estimator(function, model, microbatches, key=key) -> h_hat.
         basis: a `KroneckerBasis` for matrices, in which h is diagonal and steps are clipped; None for the original
             coordinates. Every refresh updates the basis from the momentum.
-        gradient_transform: an optax transformation applied to the gradient first, such as
-            `optax.clip_by_global_norm(1.0)`, or None.
         cautious: whether to zero the coordinates in which the step ascends the current gradient, and to scale up the
             others by a factor of at most 1000, possibly beyond the clipping bound (arXiv 2411.16085).
         initial_refreshes, bias_correct_momentum, bias_correct_curvature, momentum_dtype, curvature_dtype: see
             `Momentum` and `Curvature`.
+        weight_decay_mask, gradient_transform: as for `AdamW`.
 
     Raises:
         TypeError, ValueError: if a hyper-parameter has the wrong type, or a concrete number is out of range.
@@ -231,17 +235,7 @@ class AbstractSophia(eqx.Module):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, SophiaState]:
-        """Compute one step from the gradient of the mean loss.
-
-        Args:
-            grads: the gradient, structured like the trainable part of the model.
-            state: the state before the step.
-            model: the model before the step.
-            h_hat: a curvature estimate. If given, h is refreshed with it before the update.
-            finite: whether the gradient is finite; if None, this is checked.
-
-        Returns:
-            The step to add to the model (`eqx.apply_updates`) and the next state.
+        """Compute one step from the gradient of the mean loss; see `Optimizer.update`.
 
         Raises:
             ValueError: if `grads` and `model` differ in structure; the error names the path.
@@ -263,7 +257,46 @@ class AbstractSophia(eqx.Module):
         """Refresh h if an estimate is given, then compute the update."""
         if h_hat is not None:
             state = self.refresh(state, h_hat, finite=finite)
-        return updated(self, grads, state, params, finite)
+        momentum = jax.tree.map(self.momentum.next, state.momentum, grads)
+        after = state._replace(
+            count=state.count + 1,
+            momentum=select(finite, momentum, state.momentum),
+            skipped_updates=state.skipped_updates + ~finite,
+            steps_since_refresh=state.steps_since_refresh + 1,
+        )
+        coordinates = self._coordinates(state)
+        direction = jax.tree.map(lambda m, d: jnp.clip(m / d, -1, 1), *self._ratio(after))
+        if self.cautious:
+            direction = jax.tree.map(agreeing, direction, coordinates.project(grads))
+        direction = coordinates.project_back(direction)
+
+        learning_rate = value_at("learning_rate", self.learning_rate, state.count)
+        decay = learning_rate * value_at("weight_decay", self.weight_decay.rate, state.count)
+
+        def step(p: Array, u: Array, decayed: bool | float) -> Array:
+            rate = decay if decayed is True else decayed * decay
+            change = learning_rate * u + rate * p if decayed else learning_rate * u
+            return jnp.where(finite, -change, 0).astype(p.dtype)
+
+        return jax.tree.map(step, params, direction, decay_mask_tree(self.weight_decay.mask, params)), after
+
+    def _ratio(self, state: SophiaState) -> tuple[PyTree, PyTree]:
+        """Return the numerator and denominator of the ratio to clip, given a state after an update."""
+        momentum = self._coordinates(state).project(jax.tree.map(upcast, state.momentum))
+        momentum = jax.tree.map(lambda m: self.momentum.corrected(m, state.count - state.skipped_updates), momentum)
+        rho = self._last_rho(state)
+        denominator = jax.tree.map(
+            lambda h: self.denominator(rho * self.curvature.corrected(h, state.refresh_count)), state.curvature
+        )
+        return momentum, denominator
+
+    def _coordinates(self, state: SophiaState) -> Coordinates:
+        """Return the coordinates in which h is diagonal."""
+        return Coordinates() if self.basis is None else self.basis.at(state.basis)
+
+    def _last_rho(self, state: SophiaState) -> Any:
+        """Return the rho used by the update that produced this state."""
+        return self.rho.at(state.rho, jnp.maximum(state.count - 1, 0))
 
     def denominator(self, scaled: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the denominator of the step, given rho h."""
@@ -272,17 +305,40 @@ class AbstractSophia(eqx.Module):
     def refresh(self, state: SophiaState, h_hat: PyTree, *, finite: Bool[Array, ""] | None = None) -> SophiaState:
         """Refresh the curvature: h <- b2 h + (1 - b2) h_hat.
 
+        Then the basis, if any, is rotated along with h, and the controller, if any, sets rho. The refresh is skipped
+        unless the estimate and the gradient of the step are finite.
+
         Args:
             state: the state before the refresh.
             h_hat: an estimate of the diagonal of the curvature, structured like the trainable part of the model.
             finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
-            ValueError: if `h_hat` and `state.curvature` differ in structure; the error names the path.
+            ValueError: if `h_hat` does not have this structure; the error names the path.
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
-        return refreshed(self, state, trainable(h_hat), check_flag("finite", True if finite is None else finite))
+        finite = check_flag("finite", True if finite is None else finite)
+        averaged = jax.tree.map(self.curvature.next, state.curvature, trainable(h_hat))
+        # Check h instead of the estimate, to also detect values that overflow the dtype of h.
+        sound = finite & all_finite(averaged)
+        curvature, basis = select(sound, averaged, state.curvature), state.basis
+        if self.basis is not None:
+            rotated = self.basis.rotated(self.basis.update_moments(basis, state.momentum), curvature)
+            basis, curvature = select(sound, rotated, (basis, state.curvature))
+        after = state._replace(
+            refresh_count=state.refresh_count + sound,
+            curvature=curvature,
+            basis=basis,
+            refresh_pending=~sound,
+            skipped_refreshes=state.skipped_refreshes + ~sound,
+            steps_since_refresh=jnp.where(sound, 0, state.steps_since_refresh),
+        )
+        if after.rho is None:
+            return after
+        # Before the first update, m is 0 and the win rate is meaningless.
+        measured = sound & (state.count > 0)
+        return after._replace(rho=select(measured, self.rho.next(state.rho, self._win_rate(after)), state.rho))
 
     def refresh_due(self, step: int) -> bool:
         """Return whether an estimate is due, judging only by the step number. This runs on the host.
@@ -308,20 +364,20 @@ class AbstractSophia(eqx.Module):
             num_targets: B, the number of targets in a batch. If it is given and the estimator samples targets, the
                 metrics of `gradient_noise` are included.
         """
-        found = state_metrics(state) | {"win_rate": win_rate(self, state), "rho": last_rho(self, state)}
+        found = state_metrics(state) | {"win_rate": self._win_rate(state), "rho": self._last_rho(state)}
         if num_targets is not None and getattr(self.estimator, "samples_targets", False):
             found |= gradient_noise(self.momentum, self.curvature, state, num_targets)
         return {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
 
     def unclipped(self, state: SophiaState) -> PyTree[Bool[Array, "..."]]:
-        """Return a mask of the coordinates counted by `win_rate`, for a state after an update.
+        """Return a mask of the coordinates counted by `win_rate`, structured like the trainable part of the model."""
+        # Exclude coordinates with h <= 0, such as embeddings of unseen tokens.
+        return jax.tree.map(lambda m, d, h: (jnp.abs(m) < d) & (h > 0), *self._ratio(state), state.curvature)
 
-        The mask is structured like the trainable part of the model.
-        """
-        return unclipped(self, state)
+    def _win_rate(self, state: SophiaState) -> Float[Array, ""]:
+        return total(self.unclipped(state)) / num_coordinates(state.momentum)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
-        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
@@ -341,20 +397,3 @@ class AbstractSophia(eqx.Module):
         `estimate` outside the transformation, at steps for which `refresh_due` is True.
         """
         return as_optax(self)
-
-
-class Sophia(AbstractSophia):
-    """Sophia with a custom estimator. See `AbstractSophia` for the arguments.
-
-    Set `signed = True` on an estimator if its estimates may be negative.
-
-    Examples:
-        >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)
-        >>> params = {"w": jnp.asarray([1.0, -2.0])}
-        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
-        >>> updates["w"].tolist()  # without an estimate h is 0, and the step the sign of m
-        [-0.10000000149011612, 0.10000000149011612]
-    """
-
-    default_estimator: ClassVar[Any] = None
-    __init__ = AbstractSophia.__init__
