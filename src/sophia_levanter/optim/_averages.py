@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -84,8 +83,7 @@ class Momentum(eqx.Module):
 
     def corrected(self, m: Array, count: Int[Array, ""]) -> Array:
         """Return m as used by the update, in float32 or wider, after `count` updates that were not skipped."""
-        # Before the first update, m is 0, so the divisor does not matter.
-        return upcast(m) / (1 - self.b1 ** jnp.maximum(count, 1)) if self.bias_correct else upcast(m)
+        return bias_corrected(m, self.b1, count) if self.bias_correct else upcast(m)
 
 
 class Curvature(eqx.Module):
@@ -126,7 +124,13 @@ class Curvature(eqx.Module):
 
     def corrected(self, h: Array, refresh_count: Int[Array, ""]) -> Array:
         """Return h as used by the update, in float32 or wider, after `refresh_count` refreshes."""
-        return upcast(h) / (1 - self.b2 ** jnp.maximum(refresh_count, 1)) if self.bias_correct else upcast(h)
+        return bias_corrected(h, self.b2, refresh_count) if self.bias_correct else upcast(h)
+
+
+def bias_corrected(average: Array, decay: Scalar, count: Int[Array, ""]) -> Array:
+    """Return a moving average divided by 1 - decay^count, in float32 or wider."""
+    # A count of 0 does not matter, because the average is then 0.
+    return upcast(average) / (1 - decay ** jnp.maximum(count, 1))
 
 
 class WeightDecay(eqx.Module):
@@ -192,14 +196,13 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
         state: a state after an update; all results are nan before the first refresh.
         num_targets: B, the number of targets in a batch.
     """
-    corrected = dataclasses.replace(momentum, bias_correct=True), dataclasses.replace(curvature, bias_correct=True)
     count = state.count - state.skipped_updates
     decayed = momentum.b1 ** jnp.maximum(count, 1)
     left = (1 - momentum.b1) * (1 + decayed) / ((1 + momentum.b1) * (1 - decayed))
-    squares = jax.tree.map(lambda m: total(jnp.square(corrected[0].corrected(upcast(m), count))), state.momentum)
+    squares = jax.tree.map(lambda m: total(jnp.square(bias_corrected(m, momentum.b1, count))), state.momentum)
     known = jnp.where(state.refresh_count > 0, 1, jnp.nan)
     noises = jax.tree.map(
-        lambda h: known * total(corrected[1].corrected(h, state.refresh_count)) / num_targets, state.curvature
+        lambda h: known * total(bias_corrected(h, curvature.b2, state.refresh_count)) / num_targets, state.curvature
     )
 
     def signal(square: Any, noise: Any) -> Any:

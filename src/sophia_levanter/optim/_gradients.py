@@ -65,11 +65,7 @@ def split_microbatches(
 
 
 def num_microbatches(microbatches: PyTree) -> int:
-    """Return the number of microbatches, which is the size of the first axis.
-
-    Raises:
-        ValueError: if the size differs between arrays, or if the tree has no arrays.
-    """
+    """Return the size of the first axis. Raise a ValueError if it differs between arrays, or there are no arrays."""
     return _common_length("microbatches", microbatches, "microbatches")
 
 
@@ -86,13 +82,7 @@ def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
 def sum_over_microbatches(
     function: Callable[[PyTree, Any], PyTree], microbatches: PyTree, start: PyTree | None = None
 ) -> PyTree:
-    """Sum `function(microbatch, index)` over the first axis, using `lax.scan` to process one microbatch at a time.
-
-    Args:
-        function: returns a pytree of arrays with the same shapes for every microbatch.
-        microbatches: any pytree of arrays or NamedArrays [microbatch, ...].
-        start: the initial sum; by default, zeros.
-    """
+    """Add `function(microbatch, index)` to `start` (by default, zeros), using `lax.scan` over the first axis."""
 
     def at(index: Any) -> PyTree:
         return function(jax.tree.map(lambda x: _at(x, index), microbatches, is_leaf=is_named), index)
@@ -174,7 +164,7 @@ def accumulate(
 
     Args:
         losses_fn, model, microbatches, key: as for `value_grad_and_curvature`.
-        estimator: an estimator whose `accumulated` computes the curvature term of a microbatch; None for no curvature.
+        estimator: computes the curvature term of a microbatch with `accumulated`; None for no curvature.
         gradient: whether to compute the gradient of the loss on the true targets.
         start: sums over other microbatches, to which the new sums are added.
     """
@@ -250,13 +240,10 @@ class RefreshStep(eqx.Module):
             estimator: an estimator with `samples_targets`, `accumulated` and `finished`, such as `GaussNewtonBartlett`.
         """
         if self.others is None:
-            apart = accumulate(
-                self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False
-            )
-            return self.gradient(), estimator.finished(apart.curvature, apart.num_targets)
-        sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator)
-        h_hat = estimator.finished(sums.curvature, sums.num_targets)
-        return self._with_others(sums._replace(curvature=None)), h_hat
+            _, h_hat = self._estimated(estimator, gradient=False)
+            return self.gradient(), h_hat
+        sums, h_hat = self._estimated(estimator, gradient=True)
+        return self._with_others(sums), h_hat
 
     def replaced_gradient(self, estimator: Any) -> tuple[GradientSums, PyTree]:
         """Compute the gradient over `others`, and an estimate on `first`, with no more passes than an ordinary step.
@@ -269,8 +256,7 @@ class RefreshStep(eqx.Module):
                 "extra_pass is False, but no microbatch is left for the gradient; "
                 "estimate the curvature on fewer microbatches than the batch has"
             )
-        sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=False)
-        h_hat = estimator.finished(sums.curvature, sums.num_targets)
+        sums, h_hat = self._estimated(estimator, gradient=False)
         # If the estimate is not finite, initialize the gradient to nan, so that the step is skipped (_once_complete).
         zero = jnp.where(all_finite(h_hat), 0.0, jnp.nan)
         zeros = jax.tree.map(lambda p: jnp.full_like(p, zero, dtype=wide_dtype(p)), trainable(self.model))
@@ -298,6 +284,11 @@ class RefreshStep(eqx.Module):
         if self.first is None:
             return loss_fn, None
         return loss_fn, (_once_complete(after, self.first), jnp.arange(num_microbatches(self.first)))
+
+    def _estimated(self, estimator: Any, *, gradient: bool) -> tuple[GradientSums, PyTree]:
+        """Compute the sums over `first` without the curvature, and the estimate."""
+        sums = accumulate(self.losses_fn, self.model, self.first, key=self.key, estimator=estimator, gradient=gradient)
+        return sums._replace(curvature=None), estimator.finished(sums.curvature, sums.num_targets)
 
     def _with_others(self, sums: GradientSums) -> GradientSums:
         for index, part in enumerate(self.others or ()):

@@ -112,8 +112,7 @@ class ParameterGroups(OptimizerWrapper):
 
     def learning_rate_factors(self, model: PyTree) -> PyTree[float]:
         """Return the factor r for each parameter."""
-        rates = [group.learning_rate for group in self.groups]
-        return _by_group(self.groups, self.roles, model, lambda index: 1.0 if index is None else rates[index])
+        return _by_group(self.groups, self.roles, model, [group.learning_rate for group in self.groups], 1.0)
 
 
 class ScaledGradients(OptimizerWrapper):
@@ -172,7 +171,7 @@ def group_weight_decay(
     def rates(model: PyTree) -> PyTree[float]:
         params = trainable(model)
         shared = jax.tree.map(lambda factor: rate * factor, decay_mask_tree(mask, params))
-        own = _by_group(groups, roles, params, lambda index: -1.0 if index is None else decays[index])
+        own = _by_group(groups, roles, params, decays, -1.0)
         return jax.tree.map(lambda s, g: s if g < 0 else g, shared, own)
 
     return rates
@@ -207,14 +206,15 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
 
 
 def _by_group(
-    groups: Sequence[ParameterGroup], roles: Roles, model: PyTree, value: Callable[[int | None], float]
+    groups: Sequence[ParameterGroup], roles: Roles, model: PyTree, values: Sequence[float], default: float
 ) -> PyTree[float]:
-    """Return a number for each parameter, computed from the index of its group (None if it has no group)."""
+    """Return a number for each parameter: the value of its group, or the default if it has no group."""
     params = trainable(model)
     by_path = _roles_by_path(groups, roles, params)
 
     def of(path: tuple, leaf: Any) -> Any:
-        number = value(_first(groups, _path(path), by_path))
+        index = _first(groups, _path(path), by_path)
+        number = default if index is None else values[index]
         return jax.tree.map(lambda _: number, leaf)
 
     return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_named)

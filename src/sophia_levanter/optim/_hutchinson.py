@@ -167,7 +167,7 @@ class Hutchinson(AbstractHutchinson):
 
         def product(u: PyTree, part: PyTree, _: Any) -> Product:
             args = () if microbatches is None else (part,)
-            curved, weight = hessian_vector_product(lambda m: loss_fn(m, *args), model, u, has_aux=True)
+            curved, weight = hessian_vector_product(lambda m: loss_fn(m, *args), model, u)
             return jax.tree.map(lambda x: upcast(x) * weight, curved), weight
 
         return self._diagonal(product, model, microbatches, key)
@@ -251,19 +251,18 @@ def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") ->
 
 
 def hessian_vector_product(
-    loss_fn: Callable[[PyTree], Any], model: PyTree, vector: PyTree, *, has_aux: bool = False
-) -> Any:
-    """Return H v for a scalar loss, using forward-over-reverse mode, or (H v, aux) if `loss_fn` returns (loss, aux)."""
+    loss_fn: Callable[[PyTree], tuple[Any, Any]], model: PyTree, vector: PyTree
+) -> tuple[PyTree, Any]:
+    """Return (H v, aux) for a function that returns (scalar loss, aux), using forward-over-reverse mode."""
 
     def scalar_loss(model: PyTree) -> tuple[Array, Any]:
-        loss, aux = loss_fn(model) if has_aux else (loss_fn(model), None)
+        loss, aux = loss_fn(model)
         return check_scalar("the result of loss_fn", loss), aux
 
     gradient = eqx.filter_grad(scalar_loss, has_aux=True)
     (_, aux), (product, _) = forward_derivative("loss_fn", gradient, model, vector)
     # JAX returns None as the tangent of a gradient that does not depend on the parameters.
-    product = jax.tree.map(lambda v, hv: jnp.zeros_like(v) if hv is None else hv, vector, product)
-    return (product, aux) if has_aux else product
+    return jax.tree.map(lambda v, hv: jnp.zeros_like(v) if hv is None else hv, vector, product), aux
 
 
 def forward_derivative(name: str, function: Callable[[PyTree], Any], model: PyTree, vector: PyTree) -> tuple[Any, Any]:
