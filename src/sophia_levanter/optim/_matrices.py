@@ -70,10 +70,11 @@ def by_matrix(
 
     An item whose number of matrices is a multiple of the number of devices is split directly. Other items with equal
     shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
+    Every device does all of the work outside `jit`, or if the mesh set by `jax.set_mesh` has no such `AxisType.Auto`
+    axis.
 
     Args:
-        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work outside `jit`, or if no
-            mesh is set, the mesh does not have this axis, or the type of the axis is not `AxisType.Auto`.
+        mesh_axis: the name of the mesh axis.
         function: a function that processes each matrix independently.
         items: pytrees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """
@@ -126,14 +127,7 @@ def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
 def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
     """Return a pytree with `MuonDimensionNumbers` for each leaf of `params` that is a matrix, and None for all others.
 
-    Args:
-        matrices: such a pytree (or a prefix of one), or a function that maps the parameters to one. If None, every leaf
-            with two axes is a matrix.
-        params: the parameters.
-
-    Raises:
-        ValueError: if parameters and entries do not correspond, or if axes are invalid; the error names the path.
-        TypeError: if an entry is neither None nor a `MuonDimensionNumbers`.
+    `matrices` is as for `Muon`. Raise an error that names the path if an entry is invalid or has no parameter.
     """
     if matrices is None:
         return jax.tree.map(lambda x: MuonDimensionNumbers() if x.ndim == 2 else None, params)

@@ -97,9 +97,7 @@ class Hyperball(_NormControl):
 
     Args:
         optimizer: an optimizer that implements the `Optimizer` protocol.
-        matrices: a pytree (or a prefix of one) with `optax.contrib.MuonDimensionNumbers` for each parameter that is a
-            matrix and None for all others, or a function that maps the parameters to one. Axes that are neither inputs
-            nor outputs enumerate matrices. If None, every leaf with two axes is a matrix, including embeddings.
+        matrices: as for `Muon`.
 
     Raises:
         ValueError, TypeError: from `init` and `update`, if `matrices` does not match the parameters; the error names

@@ -79,8 +79,7 @@ class Soap(OptaxOptimizer):
             raise TypeError(f"basis is {self.basis!r}; it must be a KroneckerBasis")
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        direction = scale_by_soap(self.basis, self.b1, self.b2, self.eps, self.interval, self.momentum_dtype)
-        return decayed_and_scaled(self, direction, params)
+        return decayed_and_scaled(self, scale_by_soap(self), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
         return self.basis.width_exponent(inputs, outputs)
@@ -92,20 +91,19 @@ class Soap(OptaxOptimizer):
         return MatrixWork(4, 1, lambda step: bool(rotation_due(step, self.interval)), self.basis.max_size)
 
 
-def scale_by_soap(
-    basis: KroneckerBasis, b1: Scalar, b2: Scalar, eps: Scalar, interval: int, momentum_dtype: Any = None
-) -> optax.GradientTransformation:
-    """Compute Adam's direction in a basis rotated every `interval` steps. The arguments are those of `Soap`."""
+def scale_by_soap(settings: Soap) -> optax.GradientTransformation:
+    """Return a transformation that computes Soap's direction, without weight decay or the learning rate."""
+    basis, b1, b2 = settings.basis, settings.b1, settings.b2
 
     def init(params: PyTree) -> SoapState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype), params)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=settings.momentum_dtype), params)
         return SoapState(jnp.zeros((), jnp.int32), mu, zeros, basis.init(params))
 
     def update(grads: PyTree, state: SoapState, params: PyTree | None = None) -> tuple[PyTree, SoapState]:
         count = optax.safe_increment(state.count)
         new_basis, nu = jax.lax.cond(
-            rotation_due(state.count, interval),
+            rotation_due(state.count, settings.interval),
             lambda new_basis, nu: basis.rotated(new_basis, nu),  # not the bound method, which JAX cannot hash
             lambda new_basis, nu: (new_basis, nu),
             basis.update_moments(state.basis, grads),
@@ -115,7 +113,7 @@ def scale_by_soap(
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment(coordinates.project(grads), nu, b2, 2)
         direction = jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + eps),
+            lambda m, v: m / (jnp.sqrt(v) + settings.eps),
             optax.tree.bias_correction(coordinates.project(mu), b1, count),
             optax.tree.bias_correction(nu, b2, count),
         )
