@@ -286,13 +286,7 @@ def abstract_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
 
 
 def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
-    """Return the array with the first positions of one row replaced.
-
-    Args:
-        cache: [batch, position, ...], with the axes in any order.
-        row: the index of the row, an int scalar.
-        new: [position, ...], the new values at the first positions, with the axes of `cache` except `batch`.
-    """
+    """Return a cache [batch, position, ...] with the first positions of one row replaced by `new`, [position, ...]."""
     # Select with a mask: rows may be sharded, and indexing a row would gather the whole array on each device.
     here = {"position": slice(0, new.resolve_axis("position").size)}
     chosen = hax.where(hax.arange(cache.resolve_axis("batch")) == row, new, cache[here])

@@ -121,16 +121,7 @@ class Llama(Transformer):
 
     @staticmethod
     def init(config: LlamaConfig, *, vocab_size: int, key: jax.Array) -> Llama:
-        """Initialize the weights as in GPT-2.
-
-        Weights are drawn from a normal distribution with standard deviation `initializer_range`, divided by
-        sqrt(2 layers) for projections into the residual stream. Norm weights are 1.
-
-        Args:
-            config: the model configuration.
-            vocab_size: vocabulary size without padding.
-            key: a JAX random key.
-        """
+        """Initialize the weights. The arguments and the distribution are those of `Gpt2.init`."""
         k_embed, k_blocks, k_head = jax.random.split(key, 3)
 
         def embedding(key: jax.Array) -> hnn.Embedding:

@@ -91,17 +91,15 @@ def _run_blocks(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[_Gradients, ...]]:
     """Sum over all rows, shard by shard, so that the gradient of the head is summed over devices only once."""
     shards = row_shards()
+    run = partial(_run_shard, vocab_size, block_size, head, with_gradients=with_gradients)
     if shards == 1:
-        losses, gradients = _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
-        return losses, _cast_head(gradients, head)
-
-    def run(hidden: jax.Array, targets: Targets) -> tuple:
-        return _run_shard(vocab_size, block_size, head, hidden, targets, with_gradients=with_gradients)
-
-    split = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), (hidden, targets))
-    losses, gradients = by_row_shard(jax.vmap(run)(*by_row_shard(split)))
-    joined = tuple(_Gradients(g.hidden.reshape(hidden.shape), jnp.sum(g.head, axis=0)) for g in gradients)
-    return (jnp.sum(losses[0]), jnp.sum(losses[1])), _cast_head(joined, head)
+        losses, gradients = run(hidden, targets)
+    else:
+        split = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), (hidden, targets))
+        losses, gradients = by_row_shard(jax.vmap(run)(*by_row_shard(split)))
+        losses = jnp.sum(losses[0]), jnp.sum(losses[1])
+        gradients = tuple(_Gradients(g.hidden.reshape(hidden.shape), jnp.sum(g.head, axis=0)) for g in gradients)
+    return losses, tuple(_Gradients(g.hidden, g.head.astype(head.dtype)) for g in gradients)
 
 
 def _run_shard(
@@ -114,23 +112,19 @@ def _run_shard(
 
     blocks = jax.tree.map(partial(_split_positions, block_size), (hidden, targets))
 
-    def body(carry: tuple, block: tuple) -> tuple[tuple, tuple[jax.Array, ...]]:
-        losses, gradients = one_block(*block)
-        summed = jax.tree.map(jnp.add, carry, (losses, tuple(g.head for g in gradients)))
-        return summed, tuple(g.hidden for g in gradients)
+    def parts(hidden: jax.Array, targets: Targets) -> tuple[tuple, tuple[jax.Array, ...]]:
+        """Return the results of a block that are summed over blocks, and those that are joined."""
+        losses, gradients = one_block(hidden, targets)
+        return (losses, tuple(g.head for g in gradients)), tuple(g.hidden for g in gradients)
 
-    start = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(lambda b: _summed_part(one_block(*b)), jax.tree.map(lambda x: x[0], blocks)),
-    )
+    def body(carry: tuple, block: tuple) -> tuple[tuple, tuple[jax.Array, ...]]:
+        summed, hiddens = parts(*block)
+        return jax.tree.map(jnp.add, carry, summed), hiddens
+
+    shapes, _ = jax.eval_shape(parts, *jax.tree.map(lambda x: x[0], blocks))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (losses, heads), hiddens = jax.lax.scan(body, start, blocks)
     return losses, tuple(_Gradients(_join_positions(h, positions), d) for h, d in zip(hiddens, heads, strict=True))
-
-
-def _summed_part(result: tuple) -> tuple:
-    """Return the part of a block's result that is summed over blocks."""
-    losses, gradients = result
-    return losses, tuple(g.head for g in gradients)
 
 
 def _one_block(
@@ -184,7 +178,3 @@ def _split_positions(block_size: int, x: jax.Array) -> jax.Array:
 def _join_positions(x: jax.Array, positions: int) -> jax.Array:
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
-
-
-def _cast_head(gradients: tuple[_Gradients, ...], head: jax.Array) -> tuple[_Gradients, ...]:
-    return tuple(_Gradients(g.hidden, g.head.astype(head.dtype)) for g in gradients)
