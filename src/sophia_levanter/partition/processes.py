@@ -114,14 +114,9 @@ def is_first_process() -> bool:
 
 
 def check_agreement(what: str, text: str) -> None:
-    """Check that all processes in a run pass the same text. All processes must call this function together.
+    """Raise an InputError that names `what` on every process if `text` differs between processes.
 
-    Args:
-        what: what the text describes, for the message.
-        text: the text that must be the same everywhere.
-
-    Raises:
-        InputError: on every process, if the text differs between processes.
+    All processes must call this function together.
     """
     if jax.process_count() == 1:
         return

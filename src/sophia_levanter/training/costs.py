@@ -47,11 +47,7 @@ class MatrixFlops:
 def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
     """Return the average FLOPs per step for the forward and backward pass, refreshes and whole-matrix operations.
 
-    Elementwise operations in the optimizer are not counted.
-
-    Args:
-        config: the run's configuration. Its batch size is used for all steps.
-        flops_per_token: FLOPs per token of the model's forward and backward pass.
+    Elementwise operations in the optimizer are not counted. All steps have the batch size of `config.trainer`.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
     return flops_per_token * passes_per_step(config) * tokens + matrix_flops(config).total
@@ -77,11 +73,9 @@ def refreshes_per_step(config: TrainConfig) -> float:
 def matrix_flops(config: TrainConfig, num_shards: int = 1) -> MatrixFlops:
     """Return the FLOPs per step spent on the matrices in the model's blocks, averaged over the run.
 
-    Args:
-        config: the run's configuration.
-        num_shards: number of devices over which the matrices are distributed. The result is for the device with the
-            most matrices. Matrices are not split, so their number per device is rounded up for each parameter and, for
-            QR decompositions, for each matrix size.
+    The matrices are distributed over `num_shards` devices, and the result is for the device with the most matrices.
+    Matrices are not split, so their number per device is rounded up for each parameter and, for QR decompositions, for
+    each matrix size.
     """
     steps = config.trainer.num_train_steps
     num_microbatches, _ = config.optimizer.curvature_microbatches(config.trainer) or (0, 0)
@@ -155,10 +149,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Return the bytes per device for a compiled program's arguments, and for its temporaries and new outputs.
-
-    Return None if the backend does not report them.
-    """
+    """Return a program's bytes per device for arguments, and for temporaries and new outputs; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -201,14 +192,7 @@ def abstract_state(config: TrainConfig, partition: Partition, vocab_size: int) -
 
 
 def lower_step(config: TrainConfig, partition: Partition, vocab_size: int, *, refresh: bool) -> jax.stages.Lowered:
-    """Lower a training step, so that it can be compiled.
-
-    Args:
-        config: the run's configuration. The training text is not read.
-        partition: the devices, which need not exist.
-        vocab_size: number of tokens that can be predicted.
-        refresh: whether the step refreshes the curvature.
-    """
+    """Lower a training step, so that it can be compiled. The devices need not exist, and the text is not read."""
     settings = StepSettings.of(config)
 
     def batch() -> Batch:

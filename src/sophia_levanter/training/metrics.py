@@ -54,15 +54,7 @@ def measure(metrics: Iterable[tuple[str, Metric]], trees: StepTrees) -> dict[str
 
 
 def check_results(metrics: Iterable[tuple[str, Metric]], state: TrainState) -> None:
-    """Trace the metrics without computing them, so that mistakes are found before a run begins.
-
-    Args:
-        metrics: (name, metric) pairs.
-        state: the run's state as a tree of `jax.ShapeDtypeStruct`s.
-
-    Raises:
-        InputError: if a metric fails, or returns anything other than a dict of scalars.
-    """
+    """Trace metrics for a state of `jax.ShapeDtypeStruct`s, so that `measure` finds mistakes before a run starts."""
 
     def trace(state: TrainState) -> dict[str, jax.Array]:
         params = trainable(state.model)
@@ -82,11 +74,9 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
 
 
 def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
-    """Check the result of a metric or callback, and return its scalars keyed by `NAME/KEY`.
+    """Return the scalars in the result of a metric or callback, keyed by `NAME/KEY`.
 
-    Raises:
-        InputError: if the result is anything other than a dict of scalars. The message names `setting`, which lists the
-            metric or callback.
+    Raise an InputError that names `setting`, which lists the metric or callback, for anything else than scalars.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")

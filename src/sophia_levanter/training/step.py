@@ -25,7 +25,7 @@ from sophia_levanter.models.attention import forward_differentiable
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.optim import Optimizer, RefreshStep
 from sophia_levanter.optim._checks import value_at
-from sophia_levanter.optim._gradients import LossesFn, split_at
+from sophia_levanter.optim._gradients import LossesFn, num_microbatches, split_at
 from sophia_levanter.optim._trees import is_named, norm, upcast
 from sophia_levanter.partition.mesh import shard_params
 from sophia_levanter.training.array_statistics import array_statistics
@@ -188,11 +188,6 @@ def first_state(settings: StepSettings, model: LanguageModel) -> TrainState:
     )
 
 
-class _Keys(NamedTuple):
-    dropout: jax.Array
-    curvature: jax.Array
-
-
 def train_step(
     settings: StepSettings,
     refresh: bool,
@@ -221,8 +216,7 @@ def train_step(
     Returns:
         The state after the step, and the results for the host.
     """
-    keys = _step_keys(settings.seed, state.step)
-    passes = _passes(settings, state.model, batch, keys, curvature_batch, samples)
+    passes = _passes(settings, state, batch, curvature_batch, samples)
     if refresh:
         sums, h_hat = settings.optimizer.estimator_at(state.optimizer_state).gradient_and_estimate(passes)
     else:
@@ -254,29 +248,25 @@ def train_step(
     return new_state, StepOutput(metrics, new_state.refresh_pending, new_state.skipped_in_a_row, statistics)
 
 
-def _step_keys(seed: int, step: jax.Array) -> _Keys:
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return _Keys(*(jax.random.fold_in(key, purpose) for purpose in range(len(_Keys._fields))))
-
-
 def _passes(
     settings: StepSettings,
-    model: LanguageModel,
+    state: TrainState,
     batch: Batch,
-    keys: _Keys,
     curvature_batch: Batch | None,
     samples: NamedArray | None,
 ) -> RefreshStep:
     """Create the `RefreshStep` that an estimator uses to run its passes over the batch."""
-    losses_fn = _losses_fn(settings, keys)
+    key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+    dropout_key, curvature_key = (jax.random.fold_in(key, purpose) for purpose in range(2))
+    losses_fn = _losses_fn(settings, dropout_key)
     first, others = curvature_rows(settings, batch)
     source = first if curvature_batch is None else curvature_batch
     if samples is None and getattr(settings.optimizer.estimator, "samples_targets", False):
-        samples = _row_uniforms(keys.curvature, source)
-    parts, offset = [], _num_microbatches(first)
+        samples = _row_uniforms(curvature_key, source)
+    parts, offset = [], num_microbatches(first)
     for part in others:
-        parts.append((part, None, offset + jnp.arange(_num_microbatches(part))))
-        offset += _num_microbatches(part)
+        parts.append((part, None, offset + jnp.arange(num_microbatches(part))))
+        offset += num_microbatches(part)
 
     def curvature_losses_fn(model: LanguageModel, microbatch: tuple, key: jax.Array) -> tuple:
         batch, _, index = microbatch
@@ -285,22 +275,22 @@ def _passes(
 
     return RefreshStep(
         losses_fn,
-        model,
-        keys.curvature,
-        batch=(batch, None, jnp.arange(_num_microbatches(batch))),
-        first=(source, samples, jnp.arange(_num_microbatches(source))),
+        state.model,
+        curvature_key,
+        batch=(batch, None, jnp.arange(num_microbatches(batch))),
+        first=(source, samples, jnp.arange(num_microbatches(source))),
         others=tuple(parts) if curvature_batch is None else None,
         curvature_losses_fn=curvature_losses_fn,
     )
 
 
-def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
+def _losses_fn(settings: StepSettings, dropout_key: jax.Array) -> LossesFn:
     """Return a function that computes the mean losses on true and sampled labels, and the number of labels."""
 
     def losses(model: LanguageModel, microbatch: tuple, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, samples, index = microbatch
         batch, samples = hax.auto_sharded((batch, samples))
-        key = jax.random.fold_in(keys.dropout, index)
+        key = jax.random.fold_in(dropout_key, index)
         loss, sampled_loss = settings.policy.cast_to_compute(model).losses(batch, samples=samples, key=key)
         num_targets = count_targets(batch)
         divisor = jnp.where(num_targets > 0, num_targets, 1)
@@ -309,15 +299,11 @@ def _losses_fn(settings: StepSettings, keys: _Keys) -> LossesFn:
     return losses
 
 
-def _num_microbatches(batch: Batch) -> int:
-    return batch.tokens.resolve_axis("microbatch").size
-
-
 def curvature_rows(settings: StepSettings, batch: Batch) -> tuple[Batch, list[Batch]]:
     """Split a batch into microbatches that refresh the curvature, and microbatches of the remaining rows."""
     size, count = settings.curvature_microbatch_size, settings.curvature_microbatches
     if size is None:
-        first, rest = split_at(batch, count or _num_microbatches(batch))
+        first, rest = split_at(batch, count or num_microbatches(batch))
         return first, [] if rest is None else [rest]
     num, gradient_size = (batch.tokens.resolve_axis(name).size for name in ("microbatch", "batch"))
     end = num * gradient_size

@@ -141,14 +141,9 @@ def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
 def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
     """Read the items in a JSON Lines file in the format of a task.
 
-    Args:
-        task: the name of the task.
-        path: the path of the file.
-        field: the setting that specifies the file, for error messages.
-
     Raises:
         InputError: if the file cannot be read or contains no items, or a line is not a valid item of the task. The
-            message names the line.
+            message names the line and `field`, the setting that specifies the file.
     """
     try:
         lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
