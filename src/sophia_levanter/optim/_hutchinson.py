@@ -1,6 +1,5 @@
 """Hutchinson's estimator for the diagonal of a Hessian or Gauss-Newton matrix (arXiv 2305.14342, Algorithm 1)."""
 
-import abc
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -35,62 +34,7 @@ PROBES = ("rademacher", "gaussian")
 Product = tuple[PyTree, Any]
 
 
-class AbstractHutchinson(eqx.Module):
-    """Base class for estimators u * (M u) of the diagonal of a symmetric matrix M, for random u with E[u u^T] = I."""
-
-    signed: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
-
-    # Use properties: type checkers would put `AbstractVar`s before `likelihood` in the constructor of a subclass.
-    @property
-    @abc.abstractmethod
-    def probe(self) -> str: ...
-
-    @property
-    @abc.abstractmethod
-    def num_probes(self) -> int: ...
-
-    @property
-    @abc.abstractmethod
-    def coordinates(self) -> Coordinates: ...
-
-    def changes_of_basis(self, num_microbatches: int) -> int:
-        """Return the number of projections: u is projected back from the basis, and M u into it, for each probe."""
-        return 2 * self.num_probes
-
-    def _check(self) -> None:
-        check_choice("probe", self.probe, PROBES)
-        check_count("num_probes", self.num_probes)
-
-    def _diagonal(
-        self,
-        product: Callable[[PyTree, PyTree, Any], Product],
-        model: PyTree,
-        microbatches: PyTree,
-        key: Key[Array, ""],
-    ) -> PyTree:
-        """Average u * (M u) over the probes, in float32 or wider.
-
-        `product(u, microbatch, index)` returns M u for the microbatch, multiplied by its weight, and that weight.
-        """
-
-        def one(key: Key[Array, ""], _: Any) -> PyTree:
-            u = draw_probe(key, model, self.probe)
-            direction = self.coordinates.project_back(u)
-            if microbatches is None:
-                summed, weight = product(direction, None, None)
-            else:
-                summed, weight = sum_over_microbatches(lambda part, i: product(direction, part, i), microbatches)
-            product_of_u = self.coordinates.project(jax.tree.map(lambda x: x / weight, summed))
-            return jax.tree.map(lambda a, b: upcast(a) * upcast(b), u, product_of_u)
-
-        if self.num_probes == 1:
-            return one(key, 0)
-        total = sum_over_microbatches(one, jax.random.split(key, self.num_probes))
-        return jax.tree.map(lambda x: x / self.num_probes, total)
-
-
-class Hutchinson(AbstractHutchinson):
+class Hutchinson(eqx.Module):
     """Estimator u * (H u), whose mean is the diagonal of the Hessian H; entries may be negative (Algorithm 1).
 
     Args:
@@ -110,9 +54,12 @@ class Hutchinson(AbstractHutchinson):
     probe: str = eqx.field(default="rademacher", static=True)
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
     coordinates: Coordinates = Coordinates()
+    signed: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
-        self._check()
+        check_choice("probe", self.probe, PROBES)
+        check_count("num_probes", self.num_probes)
 
     def __call__(
         self,
@@ -153,6 +100,10 @@ class Hutchinson(AbstractHutchinson):
         """The cost of an estimate in gradient computations; each probe requires a gradient and its derivative."""
         return 2.0 * self.num_probes
 
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """Return the number of projections: u is projected back from the basis, and H u into it, for each probe."""
+        return 2 * self.num_probes
+
     def gradient_and_estimate(self, step: RefreshStep) -> tuple[GradientSums, PyTree]:
         """Return the gradient of a step, and an estimate from a separate pass."""
         sums = step.gradient()
@@ -170,10 +121,10 @@ class Hutchinson(AbstractHutchinson):
             curved, weight = hessian_vector_product(lambda m: loss_fn(m, *args), model, u)
             return jax.tree.map(lambda x: upcast(x) * weight, curved), weight
 
-        return self._diagonal(product, model, microbatches, key)
+        return _diagonal(self, product, model, microbatches, key)
 
 
-class GaussNewtonHutchinson(AbstractHutchinson):
+class GaussNewtonHutchinson(eqx.Module):
     """Hutchinson's estimator u * (J^T S J u) for the Gauss-Newton matrix, for comparison with the other estimators.
 
     J is the Jacobian of the outputs, and S is the Hessian of the loss with respect to the outputs, evaluated at sampled
@@ -197,10 +148,13 @@ class GaussNewtonHutchinson(AbstractHutchinson):
     probe: str = eqx.field(default="rademacher", static=True)
     num_probes: int = eqx.field(default=1, static=True, converter=whole_number)
     coordinates: Coordinates = Coordinates()
+    signed: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         check_likelihood(self.likelihood)
-        self._check()
+        check_choice("probe", self.probe, PROBES)
+        check_count("num_probes", self.num_probes)
 
     def __call__(
         self,
@@ -236,12 +190,43 @@ class GaussNewtonHutchinson(AbstractHutchinson):
             return jax.tree.map(upcast, pull(curved)[0]), jnp.sum(w)
 
         parts = None if microbatches is None else (microbatches, weights)
-        return self._diagonal(product, model, parts, probe_key)
+        return _diagonal(self, product, model, parts, probe_key)
+
+    def changes_of_basis(self, num_microbatches: int) -> int:
+        """Return the number of projections; see `Hutchinson.changes_of_basis`."""
+        return 2 * self.num_probes
 
 
-def draw_probe(key: Key[Array, ""], model: PyTree, probe: str = "rademacher") -> PyTree:
+def _diagonal(
+    estimator: Hutchinson | GaussNewtonHutchinson,
+    product: Callable[[PyTree, PyTree, Any], Product],
+    model: PyTree,
+    microbatches: PyTree,
+    key: Key[Array, ""],
+) -> PyTree:
+    """Average u * (M u) over the probes, in float32 or wider, for random u with E[u u^T] = I.
+
+    `product(u, microbatch, index)` returns M u for the microbatch, multiplied by its weight, and that weight.
+    """
+
+    def one(key: Key[Array, ""], _: Any) -> PyTree:
+        u = draw_probe(key, model, estimator.probe)
+        direction = estimator.coordinates.project_back(u)
+        if microbatches is None:
+            summed, weight = product(direction, None, None)
+        else:
+            summed, weight = sum_over_microbatches(lambda part, i: product(direction, part, i), microbatches)
+        product_of_u = estimator.coordinates.project(jax.tree.map(lambda x: x / weight, summed))
+        return jax.tree.map(lambda a, b: upcast(a) * upcast(b), u, product_of_u)
+
+    if estimator.num_probes == 1:
+        return one(key, 0)
+    total = sum_over_microbatches(one, jax.random.split(key, estimator.num_probes))
+    return jax.tree.map(lambda x: x / estimator.num_probes, total)
+
+
+def draw_probe(key: Key[Array, ""], model: PyTree, probe: str) -> PyTree:
     """Draw a random direction u with E[u u^T] = I, with the shapes and dtypes of the trainable part of the model."""
-    check_choice("probe", probe, PROBES)
     check_parameters(model)
     draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
     leaves, structure = jax.tree.flatten(trainable(model))
