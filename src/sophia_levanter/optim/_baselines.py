@@ -16,17 +16,15 @@ from optax.contrib import MuonState
 from sophia_levanter.optim._checks import (
     check_bool,
     check_dtype,
-    check_flag,
     check_mesh_axis,
     check_number,
     check_parameters,
-    check_same_structure,
     python_number,
 )
 from sophia_levanter.optim._matrices import Matrices, MatrixView, by_matrix, matrix_views
 from sophia_levanter.optim._optax import cautious, check_gradient_transform, init_transform, transform_gradient
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim._trees import WeightDecayMask, all_finite, decay_mask_tree, select, trainable
+from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, select, trainable
 
 
 class BaselineState(NamedTuple):
@@ -87,9 +85,6 @@ class OptaxOptimizer(eqx.Module):
         if not isinstance(state, BaselineState):
             raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         params = trainable(model)
-        check_same_structure("grads", grads, params)
-        grads = trainable(grads)
-        finite = all_finite(grads) if finite is None else check_flag("finite", finite)
         grads, gradient_state, finite = transform_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from sophia_levanter.optim._checks import check_real, check_same_structure
+from sophia_levanter.optim._checks import check_flag, check_real, check_same_structure
 from sophia_levanter.optim._trees import all_finite, select, trainable
 
 if TYPE_CHECKING:
@@ -62,12 +62,15 @@ def transform_gradient(
     grads: PyTree,
     state: PyTree,
     params: PyTree,
-    finite: Bool[Array, ""],
+    finite: Bool[Array, ""] | None,
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
     """Return the transformed gradient, the next state of the transformation, and whether that gradient is finite.
 
-    The state does not change if the gradient is not finite.
+    The state does not change if the gradient is not finite. `finite` is as for `Optimizer.update`.
     """
+    check_same_structure("grads", grads, params)
+    grads = trainable(grads)
+    finite = all_finite(grads) if finite is None else check_flag("finite", finite)
     if transform is None:
         return grads, state, finite
     transformed, new_state = transform.update(grads, state, params)

@@ -242,10 +242,7 @@ class AbstractSophia(eqx.Module):
         """
         params = trainable(model)
         check_state(self, state)
-        check_same_structure("grads", grads, params)
         check_same_structure("state.momentum", state.momentum, params)
-        grads = trainable(grads)
-        finite = all_finite(grads) if finite is None else check_flag("finite", finite)
         grads, gradient_state, finite = transform_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )
