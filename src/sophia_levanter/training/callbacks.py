@@ -326,27 +326,29 @@ class Evaluating(Callback):
         self.monitor.console.rows(metric_rows(names, trackers.last))
 
 
+@dataclass
 class Profiling(Callback):
     """Records a profile of the host and the devices during a range of steps.
 
-    Args:
+    Attributes:
         steps: the steps to trace; may be empty.
         directory: the directory for the trace, which is written to `plugins/profile/TIME/HOST.xplane.pb`.
         console: prints how to open the trace.
     """
 
-    def __init__(self, steps: range, directory: Path, console: Console) -> None:
-        self._steps, self._directory, self._console = steps, directory, console
-        self._running = False
+    steps: range
+    directory: Path
+    console: Console
+    _running: bool = False
 
     def is_due(self, done: int) -> bool:
         """Return True before the first traced step and after the last one, so that the current step can finish."""
-        return done == self._steps.stop if self._running else done in self._steps
+        return done == self.steps.stop if self._running else done in self.steps
 
     def before_step(self, step: int) -> None:
         """Start the trace at the first traced step, or at the first step of a run that resumes within the range."""
-        if step in self._steps and not self._running:
-            jax.profiler.start_trace(self._directory)
+        if step in self.steps and not self._running:
+            jax.profiler.start_trace(self.directory)
             self._running = True
 
     def on_pause(self, pause: Pause) -> None:
@@ -357,4 +359,4 @@ class Profiling(Callback):
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            self._console.line(f"profile: tensorboard --logdir {self._directory}")
+            self.console.line(f"profile: tensorboard --logdir {self.directory}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,10 +51,11 @@ class Evaluation(NamedTuple):
         return found
 
 
+@dataclass
 class Evaluator:
     """Evaluates models of the same shape on one validation set.
 
-    Args:
+    Attributes:
         batches: the validation sequences.
         byte_lengths: [vocab], the number of bytes of text in each token.
         partition: the devices, and how arrays are sharded over them.
@@ -61,32 +63,24 @@ class Evaluator:
         document_end: the token that ends a document; None if attention and positions continue across documents.
     """
 
-    def __init__(
-        self,
-        batches: ValidationBatches,
-        byte_lengths: np.ndarray,
-        partition: Partition,
-        policy: jmp.Policy,
-        document_end: int | None = None,
-    ) -> None:
-        self._batches = batches
-        self._byte_lengths = byte_lengths
-        self._partition = partition
-        self._policy = policy
-        self._document_end = document_end
+    batches: ValidationBatches
+    byte_lengths: np.ndarray
+    partition: Partition
+    policy: jmp.Policy
+    document_end: int | None = None
 
     def __call__(self, model: LanguageModel, on_progress: Callable[[], None] = lambda: None) -> Evaluation:
         """Evaluate a model, weighting all tokens equally. `on_progress` is called after each batch."""
         pending: deque[jax.Array] = deque()
         nats = 0.0
         tokens = text_bytes = 0
-        for sequences, weights in self._batches:
-            with self._partition.active():
-                batch = batch_from_sequences(sequences, weights, document_end=self._document_end)
-                batch = self._partition.place(batch)
-                pending.append(_summed_loss(self._partition, self._policy, model, batch))
+        for sequences, weights in self.batches:
+            with self.partition.active():
+                batch = batch_from_sequences(sequences, weights, document_end=self.document_end)
+                batch = self.partition.place(batch)
+                pending.append(_summed_loss(self.partition, self.policy, model, batch))
             tokens += int(np.count_nonzero(weights))
-            text_bytes += int((self._byte_lengths[sequences[:, 1:]] * (weights > 0)).sum())
+            text_bytes += int((self.byte_lengths[sequences[:, 1:]] * (weights > 0)).sum())
             if len(pending) > BATCHES_AHEAD:
                 nats += float(pending.popleft())
                 on_progress()

@@ -172,26 +172,26 @@ class _Row(NamedTuple):
     length: int
 
 
+@dataclass
 class TaskScorer:
     """Scores models of the same shape on tasks.
 
-    Args:
+    Attributes:
         tokenizer: the tokenizer of the models.
         partition: the devices, and how arrays are sharded over them.
         policy: dtypes for parameters and computation.
     """
 
-    def __init__(self, tokenizer: Tokenizer, partition: Partition, policy: jmp.Policy) -> None:
-        self._tokenizer = tokenizer
-        self._partition = partition
-        self._policy = policy
+    tokenizer: Tokenizer
+    partition: Partition
+    policy: jmp.Policy
 
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
         """Score a model on the items of one task. Inputs longer than the model's context are truncated on the left."""
         seq_len = model.config.seq_len
-        rows = [_row(item.context, choice, self._tokenizer, seq_len) for item in items for choice in item.choices]
+        rows = [_row(item.context, choice, self.tokenizer, seq_len) for item in items for choice in item.choices]
         found = list(self._log_probabilities(rows, model, on_progress))
         if all(len(item.choices) == 1 for item in items):
             accuracy = np.mean([greedy for _, greedy in found])
@@ -211,7 +211,7 @@ class TaskScorer:
         self, rows: Sequence[_Row], model: LanguageModel, on_progress: Callable[[], None]
     ) -> Iterator[tuple[float, bool]]:
         """For each row, yield the log-probability of its continuation, and whether greedy decoding produces it."""
-        size = ROWS_PER_DEVICE * self._partition.row_shards
+        size = ROWS_PER_DEVICE * self.partition.row_shards
         longest = max(len(row.tokens) for row in rows) - 1
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
         for start in range(0, len(rows), size):
@@ -222,9 +222,9 @@ class TaskScorer:
                 end = len(row.tokens) - 1
                 inputs[number, :end], targets[number, :end] = row.tokens[:-1], row.tokens[1:]
                 counted[number, end - row.length : end] = 1
-            with self._partition.active():
+            with self.partition.active():
                 named = [hax.named(array, ("batch", "position")) for array in (inputs, targets, counted)]
-                arrays = _score_rows(self._partition, self._policy, model, *self._partition.place(named))
+                arrays = _score_rows(self.partition, self.policy, model, *self.partition.place(named))
             logs, greedy = (np.asarray(array)[: len(part)].tolist() for array in arrays)
             yield from zip(logs, greedy, strict=True)
             on_progress()
