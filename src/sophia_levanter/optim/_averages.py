@@ -144,12 +144,7 @@ class WeightDecay(eqx.Module):
 
 
 def check_state(optimizer: AbstractSophia, state: Any) -> None:
-    """Check that a state belongs to this optimizer.
-
-    Raises:
-        TypeError: if the state is not a `SophiaState`.
-        ValueError: if its `rho` or `basis` does not match the optimizer, or if a hyper-parameter is not a scalar.
-    """
+    """Raise an error unless a state belongs to this optimizer, and the optimizer's hyper-parameters are scalars."""
     if not isinstance(state, SophiaState):
         raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
     if (state.rho is None) != (optimizer.rho.start() is None):

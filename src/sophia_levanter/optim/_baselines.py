@@ -233,11 +233,7 @@ def _add_decayed_weights(rate: Scalar, factors: PyTree[bool | float]) -> optax.G
 
 
 def check_shared(optimizer: Any) -> None:
-    """Check the hyper-parameters shared by all baselines.
-
-    Raises:
-        TypeError, ValueError: if a concrete hyper-parameter is out of range.
-    """
+    """Raise an error if a concrete hyper-parameter that all baselines share is out of range."""
     check_number("learning_rate", optimizer.learning_rate, low=0, schedule=True)
     check_number("b1", optimizer.b1, low=0, high=1)
     check_number("b2", optimizer.b2, low=0, high=1)

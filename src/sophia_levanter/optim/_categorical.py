@@ -53,15 +53,7 @@ def _first_above(weights: Array, ends: Array, target: Array) -> Array:
 
 
 def categorical_loss(logits: Array, labels: Array) -> Array:
-    """Compute -log softmax(logits)[label], in float32 or wider.
-
-    Args:
-        logits: [..., classes].
-        labels: [...] integers.
-
-    Returns:
-        [...] losses in nats.
-    """
+    """Compute -log softmax(logits)[label] in nats, [...], for logits [..., classes], in float32 or wider."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

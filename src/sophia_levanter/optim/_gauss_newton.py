@@ -196,10 +196,8 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         """Return the mean losses on true and sampled targets, and their number B, for `value_grad_and_curvature`.
 
         Args:
-            outputs: the model's outputs, an array or a NamedArray.
             targets: the true targets, in the form that the likelihood expects.
-            key: a JAX random key for the sampled targets.
-            weights: the weight of each target in the mean; B is the sum of the weights.
+            outputs, key, weights: as for `sampled_loss`.
         """
         sampled, sampled_losses, w = self._sampled(outputs, key, weights)
         targets = targets_in_use(self.likelihood, outputs, targets, sampled, w)
@@ -252,8 +250,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
 
         Args:
             loss_fn: model or (model, microbatch) -> (mean loss on the true targets, their number B).
-            model: any pytree.
-            microbatches: a pytree of arrays [microbatch, ...].
+            model, microbatches: as for `GaussNewtonBartlett`.
             key: a JAX random key, used only by other estimators.
         """
         return _estimate(self, "loss_fn", lambda *args: loss_fn(*args[:-1]), model, microbatches, key)

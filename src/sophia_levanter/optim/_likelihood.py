@@ -284,11 +284,7 @@ def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """Return weights in the shape of the losses, 1 by default. NamedArray axes are reordered to match the targets.
-
-    Raises:
-        ValueError: if the weights do not broadcast to the shape of the losses.
-    """
+    """Return weights in the shape of the losses, 1 by default. NamedArray axes are reordered to match the targets."""
     if weights is None:
         return jnp.ones_like(losses)
     check_not_negative("weights", weights)

@@ -70,11 +70,7 @@ class _NormControl(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, NormControlState]:
-        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer.
-
-        Raises:
-            TypeError: if the state is not a `NormControlState`.
-        """
+        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
         if not isinstance(state, NormControlState):
             raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         updates, inner = self.optimizer.update(grads, state.optimizer_state, model, h_hat, finite=finite)
