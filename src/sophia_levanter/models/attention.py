@@ -89,12 +89,7 @@ def forward_differentiable() -> Iterator[None]:
 
 
 def _has_begun(starts: jax.Array, num_keys: int) -> jax.Array:
-    """Return whether the document of each query has begun by the position of each key: bool [..., 1, query, key].
-
-    Args:
-        starts: int [..., query], the start of the document of each query.
-        num_keys: number of keys, which are at the first positions.
-    """
+    """Return whether documents starting at `starts` [..., query] have begun at each key: bool [..., 1, query, key]."""
     return jnp.arange(num_keys, dtype=starts.dtype) >= starts[..., None, :, None]
 
 
@@ -237,15 +232,10 @@ def _attention_with_dropout(
 
 
 def decode_attention(query: NamedArray, keys: NamedArray, values: NamedArray, positions: NamedArray) -> NamedArray:
-    """Attend from one position in each row to all positions up to and including it.
+    """Attend from one position in each row, int32 [batch], to all positions up to and including it.
 
-    Args:
-        query: [batch, heads, head_size].
-        keys, values: [batch, kv_heads, position, head_size], with the axes in any order.
-        positions: int32 [batch], the position in each row.
-
-    Returns:
-        [batch, heads, head_size].
+    The query and the result are [batch, heads, head_size]; keys and values are [batch, kv_heads, position, head_size],
+    with the axes in any order.
     """
     axes = tuple(query.resolve_axis(name) for name in ("batch", "heads", "head_size"))
     kv_heads = next(axis.name for axis in keys.axes if axis.name in ("heads", "kv_heads"))
@@ -284,10 +274,6 @@ class Requirements:
 
 def attention_for(wanted: str, required: Requirements) -> str:
     """Return the requested attention implementation or, for `auto`, the fastest one that meets the requirements.
-
-    Args:
-        wanted: a value of `model.attention`.
-        required: the requirements.
 
     Raises:
         InputError: if the requested implementation does not meet the requirements; the error states the reason.

@@ -20,13 +20,6 @@ def linear(layer: hnn.Linear, x: NamedArray) -> NamedArray:
 
     Flattening the axes avoids transposed copies of the operands, which XLA's CPU backend makes in the backward pass of
     a product over several axes. Axes that are split over devices are not flattened if that would move data.
-
-    Args:
-        layer: the layer; its `In` and `Out` may be tuples of axes.
-        x: [..., In].
-
-    Returns:
-        [..., Out].
     """
     In, Out = ensure_tuple(layer.In), ensure_tuple(layer.Out)
     rows = tuple(axis for axis in x.axes if axis not in In)

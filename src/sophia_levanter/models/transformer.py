@@ -55,12 +55,9 @@ class Block(eqx.Module):
     def finish(
         self, x: NamedArray, attended: NamedArray, k_attn: jax.Array | None = None, k_mlp: jax.Array | None = None
     ) -> NamedArray:
-        """Compute the block output from its input and the attention result. Passing keys enables dropout.
+        """Compute the block output [..., embed] from its input and the attention result [..., heads, head_size].
 
-        Args:
-            x: [..., embed].
-            attended: [..., heads, head_size].
-            k_attn, k_mlp: JAX random keys, or None.
+        Passing keys enables dropout.
         """
         factor = self.config.block_factor
         x = x + scaled(dropout(self.config, self.project_back(attended), k_attn), factor)
@@ -69,13 +66,9 @@ class Block(eqx.Module):
     def __call__(
         self, x: NamedArray, layer: NamedArray, key: jax.Array | None, document_starts: NamedArray | None = None
     ) -> NamedArray:
-        """Compute the block output for a context that starts at position 0. Passing a key enables dropout.
+        """Compute the block output [..., position, embed] for a context that starts at position 0.
 
-        Args:
-            x: [..., position, embed].
-            layer: int scalar, the index of the block.
-            key: a JAX random key, or None.
-            document_starts: as for `hidden_in_documents`.
+        Passing a key enables dropout. `document_starts` is as for `hidden_in_documents`.
         """
         # Keep the parameters sharded for the backward pass; otherwise the compiler may keep full copies.
         forward = checkpointed(self.config.gradient_checkpointing, Block._forward)

@@ -21,11 +21,7 @@ def averages(
 ) -> tuple[LanguageModel | None, Snapshots]:
     """Return the average after a step, and the snapshots that it is computed from.
 
-    Args:
-        settings: the settings that select the kind of average.
-        state: the state before the step.
-        model: the parameters after the step.
-        good: bool, False if the step was skipped.
+    `state` is the state before the step, and `model` the parameters after it; `good` is False if it was skipped.
     """
     if settings.lawa_interval is not None:
         return _mean_of_latest(settings.lawa_interval, state, model)

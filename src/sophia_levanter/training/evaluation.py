@@ -96,10 +96,7 @@ def evaluate_sets(
 ) -> Evaluation:
     """Evaluate a model on each validation set, and compute the unweighted mean of the losses.
 
-    Args:
-        evaluators: evaluators keyed by set name, in the same order in all processes. An unnamed set has the key "".
-        model: the model to evaluate.
-        on_progress: called after each batch.
+    The evaluators are keyed by set name, in the same order in all processes. An unnamed set has the key "".
     """
     found = {name: evaluator(model, on_progress) for name, evaluator in evaluators.items()}
     if "" in found:

@@ -127,14 +127,7 @@ class Loop:
     _clock: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "step-clock"))
 
     def run(self, state: TrainState, stop: StopRequest) -> TrainState:
-        """Train until the last step or until a stop is requested. The final state is saved in either case.
-
-        Args:
-            state: the state to start from, on the mesh.
-            stop: the stop request, which is checked before each step.
-
-        Returns:
-            The final state.
+        """Train until the last step or until a stop is requested. Save and return the final state in either case.
 
         Raises:
             TrainingFailed: if too many consecutive steps were skipped because of their loss or gradient.

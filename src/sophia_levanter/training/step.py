@@ -142,12 +142,7 @@ class StepSettings:
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
-        """Create the settings for the steps of a run.
-
-        Args:
-            config: the run's configuration.
-            trainer: the trainer settings for a specific batch size; by default, the trainer settings in `config`.
-        """
+        """Create the settings for the steps of a run, or for its steps with the batch size of `trainer`."""
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
         optimizer = build_optimizer(config.optimizer, trainer.num_train_steps, config.model)

@@ -122,11 +122,7 @@ class Watchdog:
         self._stopped.set()
 
     def begin(self, doing: str) -> None:
-        """Restart the clock for a new operation.
-
-        Args:
-            doing: the name of the operation for the error message, such as "step 7".
-        """
+        """Restart the clock for a new operation. `doing` names it in the error message, for example "step 7"."""
         self._doing = doing
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
 
