@@ -304,7 +304,7 @@ class Muon(OptaxOptimizer):
         # Single-element chains keep the state paths of optax.contrib.muon, so that older checkpoints load.
         direction = optax.partition(
             {
-                "muon": optax.chain(scale_by_muon(matrices, self.beta, self.eps, self.momentum_dtype, self.mesh_axis)),
+                "muon": optax.chain(scale_by_muon(self, matrices)),
                 "adam": optax.chain(
                     optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.momentum_dtype, nesterov=True)
                 ),
@@ -322,18 +322,15 @@ class Muon(OptaxOptimizer):
         return MatrixWork(newton_schulz=ITERATIONS)
 
 
-def scale_by_muon(
-    views: Sequence[MatrixView], beta: Scalar, eps: Scalar, momentum_dtype: Any = None, mesh_axis: str | None = None
-) -> optax.GradientTransformation:
+def scale_by_muon(settings: Muon, views: Sequence[MatrixView]) -> optax.GradientTransformation:
     """Orthogonalize Nesterov momentum and multiply it by 0.2 sqrt(max(in, out)), with the same state as in optax.
 
-    Args:
-        views: the matrix view of each parameter, in leaf order.
-        beta, eps, momentum_dtype, mesh_axis: as for `Muon`.
+    `views` holds the matrix view of each parameter, in leaf order.
     """
+    beta = settings.beta
 
     def init(params: PyTree) -> MuonState:
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype), params)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=settings.momentum_dtype), params)
         # Without an explicit dtype, jax_enable_x64 would put float64 into the checkpoints of float32 parameters.
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         return MuonState(jnp.zeros((), jnp.int32), mu, jnp.asarray(COEFFICIENTS, dtype))
@@ -350,10 +347,11 @@ def scale_by_muon(
         stacks = [(view, view.stack(x)) for view, x in zip(views, leaves, strict=True)]
 
         def step(view: MatrixView, stack: Array) -> Array:
-            orthogonal = jax.vmap(lambda x: orthogonalized(x, state.ns_coeffs, eps))(view.matrices(stack))
+            orthogonal = jax.vmap(lambda x: orthogonalized(x, state.ns_coeffs, settings.eps))(view.matrices(stack))
             return (jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * orthogonal).reshape(stack.shape)
 
-        steps = [view.parameter(x) for view, x in zip(views, by_matrix(mesh_axis, step, stacks), strict=True)]
+        orthogonal = by_matrix(settings.mesh_axis, step, stacks)
+        steps = [view.parameter(x) for view, x in zip(views, orthogonal, strict=True)]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return jax.tree.unflatten(structure, steps), MuonState(count, mu, state.ns_coeffs)
 

@@ -124,13 +124,7 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
 
 
 class RegisteredCallback(Callback):
-    """Wraps a callback from a plug-in. Its error messages include its name, and the watchdog ignores its duration.
-
-    Args:
-        name: the registered name of the callback.
-        callback: the callback from the plug-in.
-        monitor: the run's monitor, whose watchdog is paused while the callback runs.
-    """
+    """Wraps a callback from a plug-in. Its error messages include its name, and the watchdog ignores its duration."""
 
     def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
         self.name, self._callback, self._monitor = name, callback, monitor
@@ -173,13 +167,7 @@ class RegisteredCallback(Callback):
 
 @dataclass(frozen=True)
 class Monitor:
-    """Objects that monitor a run.
-
-    Attributes:
-        trackers: record the metrics.
-        console: shows the metrics.
-        watchdog: ends the run if it hangs.
-    """
+    """Objects that record the metrics of a run, show them, and end the run if it hangs."""
 
     trackers: Trackers
     console: Console

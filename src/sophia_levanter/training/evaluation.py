@@ -58,7 +58,6 @@ class Evaluator:
     Attributes:
         batches: the validation sequences.
         byte_lengths: [vocab], the number of bytes of text in each token.
-        partition: the devices, and how arrays are sharded over them.
         policy: dtypes for parameters and computation.
         document_end: the token that ends a document; None if attention and positions continue across documents.
     """

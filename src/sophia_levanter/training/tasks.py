@@ -174,13 +174,7 @@ class _Row(NamedTuple):
 
 @dataclass
 class TaskScorer:
-    """Scores models of the same shape on tasks.
-
-    Attributes:
-        tokenizer: the tokenizer of the models.
-        partition: the devices, and how arrays are sharded over them.
-        policy: dtypes for parameters and computation.
-    """
+    """Scores models of the same shape on tasks. `policy` sets the dtypes for parameters and computation."""
 
     tokenizer: Tokenizer
     partition: Partition
@@ -283,7 +277,6 @@ class Scoring(Callback):
     """Scores the model on tasks during a run.
 
     Attributes:
-        scorer: scores models of the same shape as the run's model.
         tasks: the items of each task, keyed by task title, in the same order in all processes.
     """
 
