@@ -57,10 +57,9 @@ class LanguageModel(eqx.Module):
         A model that defines this method must also override `attention_on` in its configuration.
 
         Args:
-            tokens: as for `final_hidden`.
             document_starts: int32 [..., position], the position in the row at which the document of each token begins;
                 None to treat each row as one document.
-            key: as for `final_hidden`.
+            tokens, key: as for `final_hidden`.
 
         Raises:
             InputError: if the model does not define this method.
@@ -90,27 +89,17 @@ class LanguageModel(eqx.Module):
         return self.gathered().final_hidden(tokens, key)
 
     def __call__(self, tokens: NamedArray, *, key: jax.Array | None = None) -> NamedArray:
-        """Compute logits over the vocabulary without padding.
+        """Compute logits over the vocabulary without padding, [..., position, vocab] in the parameter dtype.
 
-        Args:
-            tokens: int32 [..., position], with at most `config.seq_len` positions.
-            key: a JAX random key for dropout; None for no dropout.
-
-        Returns:
-            [..., position, vocab] in the parameter dtype.
+        The arguments are those of `final_hidden`.
         """
         model = self.gathered()
         return model.head(model.final_hidden(tokens, key))
 
     def head(self, hidden: NamedArray, dtype: DTypeLike | None = None) -> NamedArray:
-        """Compute logits over the vocabulary without padding.
+        """Compute logits over the vocabulary without padding, [..., vocab], from final hidden states, [..., embed].
 
-        Args:
-            hidden: final hidden states, [..., embed].
-            dtype: dtype of the logits; by default, that of the hidden states.
-
-        Returns:
-            [..., vocab].
+        The default `dtype` is that of the hidden states.
         """
         logits = hax.dot(hidden, self.head_weights(), axis="embed", preferred_element_type=dtype)
         return logits[{"vocab": slice(0, self.vocab_size)}]
@@ -143,11 +132,7 @@ class LanguageModel(eqx.Module):
         return blocked_cross_entropy(self.vocab_size, self.config.loss_block_size, hidden.array, head, targets)
 
     def weight_decay_mask(self) -> PyTree:
-        """Return a weight decay mask: True for matrices and embeddings, False for biases and norms of any shape.
-
-        Returns:
-            A pytree of bools that is a prefix of the model parameters.
-        """
+        """Return a prefix of the model: True for matrices and embeddings, False for biases and norms of any shape."""
 
         def mask(layer: object) -> object:
             params = eqx.filter(layer, eqx.is_inexact_array)
@@ -212,11 +197,7 @@ class LanguageModel(eqx.Module):
     # Generation. By default, the cache stores tokens, and the model recomputes its whole context for each new token.
 
     def empty_cache(self, Batch: Axis) -> PyTree:
-        """Return an empty cache for rows without tokens.
-
-        Args:
-            Batch: the row axis, named `batch`.
-        """
+        """Return an empty cache for rows without tokens. `Batch` is the row axis, named `batch`."""
         return hax.zeros((Batch, self.config.Pos), jnp.int32)
 
     def prefill(self, cache: PyTree, row: jax.Array, tokens: NamedArray) -> PyTree:

@@ -115,12 +115,9 @@ class OptaxOptimizer(eqx.Module):
         """Return None, because the optimizer does not use curvature."""
 
     def width_exponent(self, inputs: int, outputs: int) -> float | None:
-        """Return e such that muP scales the learning rate of a matrix as width^e.
+        """Return e such that muP scales the learning rate of an `inputs` x `outputs` matrix as width^e.
 
         `model.parametrization: mup` rejects optimizers that return None, as this class does.
-
-        Args:
-            inputs, outputs: the dimensions of the matrix.
         """
         return None
 

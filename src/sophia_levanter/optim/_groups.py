@@ -161,10 +161,9 @@ def group_weight_decay(
     """Return a `weight_decay_mask` with the weight decay of each parameter, for an optimizer with `weight_decay=1.0`.
 
     Args:
-        groups: as for `ParameterGroups`.
+        groups, roles: as for `ParameterGroups`.
         rate: the weight decay of parameters whose weight decay is not set by a group.
         mask: where `rate` applies. A weight decay set by a group applies to all parameters in the group.
-        roles: as for `ParameterGroups`.
     """
     decays = [-1.0 if group.weight_decay is None else group.weight_decay for group in groups]
 
@@ -181,9 +180,8 @@ def groups_of(groups: Sequence[ParameterGroup], model: PyTree, roles: Roles = No
     """Map the path of each parameter to the index of its group in `groups`; ungrouped parameters are omitted.
 
     Args:
-        groups: as for `ParameterGroups`.
+        groups, roles: as for `ParameterGroups`.
         model: the model; its arrays may be abstract.
-        roles: as for `ParameterGroups`.
 
     Raises:
         ValueError: if a group matches no parameter outside earlier groups, or if it has a role and `roles` is None.

@@ -196,12 +196,7 @@ class Bernoulli(_Elementwise):
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """Compute the cross-entropy of each target.
-
-        Args:
-            outputs: [...] logits.
-            targets: [...] in [0, 1].
-        """
+        """Compute the cross-entropy of targets in [0, 1]. Outputs [...] are logits, and targets have their shape."""
         logits = self._outputs(outputs)
         return self._summed(jax.nn.softplus(logits) - self._targets(outputs, targets) * logits)
 
@@ -233,12 +228,7 @@ class Normal(_Elementwise):
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """Compute the negative log-density of each target.
-
-        Args:
-            outputs: [...] means.
-            targets: [...] numbers.
-        """
+        """Compute the negative log-density of each target. Outputs [...] are means, and targets have their shape."""
         mean = self._outputs(outputs)
         variance = self._variance(mean)
         error = self._targets(outputs, targets) - mean

@@ -102,11 +102,7 @@ class Optimizer(Protocol[State]):
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """Return the whole-matrix operations of the optimizer, for counting FLOPs.
-
-        Args:
-            num_microbatches: the number of microbatches used to estimate the curvature.
-        """
+        """Return the whole-matrix operations, for counting FLOPs. `num_microbatches` estimate the curvature."""
         ...
 
 

@@ -198,18 +198,13 @@ def train_step(
     unchanged. If the curvature estimate is not finite, only the refresh is skipped. The counts advance in both cases.
 
     Args:
-        settings: the settings of the run's steps.
         refresh: whether to refresh the curvature before the update, as decided on the host.
         batch: [microbatch, batch, position].
-        state: the state before the step.
         curvature_batch: [microbatch, batch, position], the batch for estimating the curvature. By default, the first
             `curvature_microbatches` of `batch`, which share their forward pass with the gradient (Sophia-G).
         samples: [microbatch, batch, position], int labels for Gauss-Newton-Bartlett, with the same shape as the
             curvature microbatches. By default, an estimator that samples targets draws them from the model, seeded by
             (seed, step, row).
-
-    Returns:
-        The state after the step, and the results for the host.
     """
     passes = _passes(settings, state, batch, curvature_batch, samples)
     if refresh:
