@@ -4,7 +4,6 @@ The package depends on jax, numpy, equinox, optax and jaxtyping, but not on the 
 """
 
 from sophia_levanter.optim._ademamix import AdEMAMix
-from sophia_levanter.optim._averages import Curvature, Momentum, SophiaState
 from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, Muon, OptaxOptimizer
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep, split_microbatches, value_grad_and_curvature
@@ -15,9 +14,9 @@ from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood
 from sophia_levanter.optim._norms import CautiousWeightDecay, Hyperball, NormControlState, hyperball_weight_decay
 from sophia_levanter.optim._presets import ReproducedSophia, Sophia, SophiaG, SophiaH, sophia_g
 from sophia_levanter.optim._protocol import Estimator, MatrixWork, Optimizer
-from sophia_levanter.optim._rho import ScheduledRho, WinRateController
 from sophia_levanter.optim._soap import Soap
 from sophia_levanter.optim._sophia import AbstractSophia
+from sophia_levanter.optim._state import Curvature, Momentum, ScheduledRho, SophiaState, WinRateController
 from sophia_levanter.optim._trees import decay_mask_tree
 
 __all__ = [

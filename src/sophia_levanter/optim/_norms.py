@@ -41,9 +41,9 @@ class NormControlState(NamedTuple):
 class _NormControl(OptimizerWrapper):
     """Base class of `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
 
-    @abc.abstractmethod
     def _radii(self, params: PyTree) -> tuple:
         """Return the radii to store in the initial state."""
+        return ()
 
     @abc.abstractmethod
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
@@ -202,9 +202,6 @@ class CautiousWeightDecay(_NormControl):
 
     def __check_init__(self) -> None:
         check_number("weight_decay", self.weight_decay, low=0, schedule=True)
-
-    def _radii(self, params: PyTree) -> tuple:
-        return ()
 
     def _controlled(self, updates: PyTree, params: PyTree, state: NormControlState) -> PyTree:
         decay = value_at("learning_rate", self.learning_rate, state.count)

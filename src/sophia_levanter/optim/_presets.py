@@ -8,13 +8,12 @@ import equinox as eqx
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from sophia_levanter.optim._averages import SophiaState
 from sophia_levanter.optim._checks import check_choice, check_count, whole_number
 from sophia_levanter.optim._gauss_newton import GaussNewtonBartlett
 from sophia_levanter.optim._hutchinson import Hutchinson
 from sophia_levanter.optim._protocol import Scalar, ScalarOrSchedule
-from sophia_levanter.optim._rho import WinRateController, rho_rule
 from sophia_levanter.optim._sophia import AbstractSophia
+from sophia_levanter.optim._state import SophiaState, WinRateController, rho_rule
 from sophia_levanter.optim._trees import WeightDecayMask
 
 DENOMINATORS = ("max", "add")

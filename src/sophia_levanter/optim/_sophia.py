@@ -11,16 +11,6 @@ import optax
 from equinox import AbstractClassVar
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from sophia_levanter.optim._averages import (
-    COUNTS,
-    Curvature,
-    Momentum,
-    SophiaState,
-    WeightDecay,
-    check_state,
-    gradient_noise,
-    state_metrics,
-)
 from sophia_levanter.optim._checks import (
     check_bool,
     check_flag,
@@ -39,7 +29,19 @@ from sophia_levanter.optim._optax import (
     transform_gradient,
 )
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim._rho import ScheduledRho, WinRateController, rho_rule
+from sophia_levanter.optim._state import (
+    COUNTS,
+    Curvature,
+    Momentum,
+    ScheduledRho,
+    SophiaState,
+    WeightDecay,
+    WinRateController,
+    check_state,
+    gradient_noise,
+    rho_rule,
+    state_metrics,
+)
 from sophia_levanter.optim._trees import (
     WeightDecayMask,
     all_finite,
