@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,11 +16,9 @@ import jmp
 import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_sequences
+from sophia_levanter.data.batches import ValidationBatches
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition
-
-if TYPE_CHECKING:
-    from sophia_levanter.data.batches import ValidationBatches
 
 BATCHES_AHEAD = 4  # batches queued while the devices compute one
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import grain
@@ -17,6 +17,7 @@ import numpy as np
 
 from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.data.batches import TrainBatches
 from sophia_levanter.errors import InputError, counted
 from sophia_levanter.optim import Optimizer
 from sophia_levanter.partition.mesh import Partition
@@ -31,14 +32,6 @@ READ_THREADS = 2
 BATCHES_AHEAD = 2  # batches on the devices or being transferred to them
 
 
-class Batches(Protocol):
-    """Provides the sequences for each step, as a pure function of the step."""
-
-    def rows(self, step: int, wanted: np.ndarray, *, skipped_windows: int) -> np.ndarray:
-        """Return the sequences as int32 [batch, position + 1]. Only the `wanted` rows need to be valid."""
-        ...
-
-
 @dataclass(frozen=True)
 class BatchLoader:
     """Loads batches onto the devices. Each process reads only the rows for its own devices.
@@ -48,7 +41,7 @@ class BatchLoader:
         document_end: the token that ends a document; None if attention and positions continue across documents.
     """
 
-    batches: Batches
+    batches: TrainBatches
     partition: Partition
     config: TrainerConfig
     skipped_windows: int = 0
