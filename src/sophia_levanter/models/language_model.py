@@ -19,6 +19,7 @@ from sophia_levanter.config.model import ModelConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.models.loss import Targets, blocked_cross_entropy
 from sophia_levanter.optim._matrices import matrices_tree, matrix_views
+from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import gather_params
 
 PyTree = Any
@@ -176,7 +177,7 @@ class LanguageModel(eqx.Module):
             A pytree of role names that is a prefix of the model parameters.
         """
         head = self.head_weights()
-        named = [x for x in jax.tree.leaves(self, is_leaf=_is_named) if _is_named(x)]
+        named = [x for x in jax.tree.leaves(self, is_leaf=is_named) if is_named(x)]
         has_own_head = sum(set(x.axes) == set(head.axes) for x in named) > 1
         layers = jax.tree.leaves(self, is_leaf=_is_layer)
         embeddings = [layer.weight.array for layer in layers if isinstance(layer, hnn.Embedding)]
@@ -255,7 +256,7 @@ def paths_on_hyperball(model: LanguageModel) -> set[str]:
 
     The model may be abstract.
     """
-    named = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_named)
+    named = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_named)
     views = matrix_views(hyperball_matrices, model)
     paths = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named)
     return {path for path, view in zip(paths, views, strict=True) if view is not None}
@@ -276,10 +277,6 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
 
 def _is_layer(x: object) -> bool:
     return isinstance(x, hnn.Linear | hnn.Embedding)
-
-
-def _is_named(x: object) -> bool:
-    return isinstance(x, NamedArray)
 
 
 def _is_float(x: object) -> bool:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sophia_levanter.optim._trees import upcast
+
 _BLOCK = 128
 
 
@@ -54,6 +56,6 @@ def _first_above(weights: Array, ends: Array, target: Array) -> Array:
 
 def categorical_loss(logits: Array, labels: Array) -> Array:
     """Compute -log softmax(logits)[label] in nats, [...], for logits [..., classes], in float32 or wider."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = upcast(logits)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -18,7 +18,7 @@ from jaxtyping import Array, Key, PyTree
 from sophia_levanter.optim._categorical import categorical_loss, sample_categorical
 from sophia_levanter.optim._checks import check_count, check_not_negative, check_number, whole_number
 from sophia_levanter.optim._gradients import num_microbatches
-from sophia_levanter.optim._trees import axis_names, is_named, plain
+from sophia_levanter.optim._trees import axis_names, is_named, plain, upcast
 
 
 class Likelihood(Protocol):
@@ -163,7 +163,7 @@ class _Elementwise(eqx.Module):
             raise ValueError(
                 f"the outputs have shape {array.shape}, which has fewer axes than event_ndim={self.event_ndim}"
             )
-        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+        return upcast(array)
 
     def _targets(self, outputs: Any, targets: Any) -> Array:
         if is_named(targets) and is_named(outputs):
