@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -325,19 +326,14 @@ def _check_file(folder: str, saved: SavedArray, name: str) -> None:
         raise ValueError(f"expected {expected:,} bytes, found {size:,}")
 
 
-class _naming:
-    """Converts any error in the block to a `CheckpointError` that names the leaf and the file or folder."""
-
-    def __init__(self, folder: str, saved: SavedArray, name: str | None = None) -> None:
-        self._where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # tensorstore raises many kinds of errors for damaged files and full disks.
-        if isinstance(error, Exception):
-            raise CheckpointError(f"{self._where}: {one_line(error)}") from error
+@contextmanager
+def _naming(folder: str, saved: SavedArray, name: str | None = None) -> Iterator[None]:
+    """Convert any error in the block to a `CheckpointError` that names the leaf and the file or folder."""
+    try:
+        yield
+    except Exception as error:  # tensorstore raises many kinds of errors for damaged files and full disks
+        where = f"leaf {saved.path}, {folder}/{saved.folder}" + (f"/{name}" if name else "")
+        raise CheckpointError(f"{where}: {one_line(error)}") from error
 
 
 def _bytes(data: np.ndarray) -> memoryview:
