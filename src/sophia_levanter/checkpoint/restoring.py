@@ -207,12 +207,7 @@ def damage(directory: Path | str, step: int) -> list[str]:
     Raises:
         InputError: if the step was written by another version of this package.
     """
-    return _damage(storage_at(directory), step)
-
-
-def is_intact(storage: Storage, step: int) -> bool:
-    """Return whether every byte of a committed step is unchanged."""
-    return not _damage(storage, step)
+    return damage_in(storage_at(directory), step)
 
 
 def restore(
@@ -286,7 +281,8 @@ def restore(
     raise CheckpointError(f"{directory} contains no intact checkpoint: {'; '.join(failures)}")
 
 
-def _damage(storage: Storage, step: int) -> list[str]:
+def damage_in(storage: Storage, step: int) -> list[str]:
+    """Do the same as `damage` for a storage that is already open."""
     try:
         manifest = _read_manifest(storage, step)
     except CheckpointError as error:

@@ -21,7 +21,7 @@ from sophia_levanter.checkpoint.manifest import (
     encode_manifest,
     one_line,
 )
-from sophia_levanter.checkpoint.restoring import arrays_of, damage, is_intact, read_step
+from sophia_levanter.checkpoint.restoring import arrays_of, damage_in, read_step
 from sophia_levanter.checkpoint.storage import DiskStorage, Stage, Storage, step_name, storage_at
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import sync
@@ -116,7 +116,7 @@ def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: d
         sync(path)
     new = replace(manifest, run_id=run_id, folder=stage.arrays, metadata={**manifest.metadata, **metadata})
     storage.commit(stage, step, encode_manifest(new))
-    if found := damage(target, step):
+    if found := damage_in(storage, step):
         raise CheckpointError(found[0])
 
 
@@ -231,7 +231,7 @@ class _Save:
 
     def _stage(self) -> Stage:
         is_there = self.step in self.storage.steps()
-        if is_there and is_intact(self.storage, self.step):
+        if is_there and not damage_in(self.storage, self.step):
             raise FileExistsError(
                 f"{self.storage.folder(step_name(self.step))} already contains a checkpoint; "
                 f"remove it to save step {self.step} again"

@@ -47,50 +47,39 @@ class Storage(Protocol):
 
     def steps(self) -> list[int]:
         """Return the committed steps in ascending order."""
-        ...
 
     def folder(self, name: str) -> str:
         """Return the path or URL of a folder in the storage."""
-        ...
 
     def read_manifest(self, step: int) -> bytes:
         """Return the content of a committed step's manifest. Raise `CheckpointError` if it cannot be read."""
-        ...
 
     def check_writable(self) -> None:
         """Raise an `InputError` if the storage cannot be written to. Call this method before the first save."""
-        ...
 
     def new_stage(self, step: int, *, replaces: bool) -> Stage:
         """Create a stage for a save, separate from all other stages."""
-        ...
 
     def sync_stage(self, stage: Stage) -> None:
         """Block until the files written by this host are durable."""
-        ...
 
     def sees(self, file: str) -> bool:
         """Return whether a file written by another host is visible on this host."""
-        ...
 
     def commit(self, stage: Stage, step: int, manifest: bytes) -> None:
         """Commit the stage as a step. Raise `FileExistsError` if another save has already committed this step."""
-        ...
 
     def discard(self, stage: Stage) -> None:
         """Remove the files of a failed save as far as possible.
 
         Raise `CheckpointError` if the stage had already been removed, because this explains why the save failed.
         """
-        ...
 
     def remove(self, step: int) -> None:
         """Remove a committed step. If the process is killed midway, only a leftover remains, not an incomplete step."""
-        ...
 
     def remove_leftovers(self) -> None:
         """Remove the leftovers of killed saves. No save may be in progress."""
-        ...
 
 
 def storage_at(location: str | Path) -> Storage:
@@ -287,7 +276,7 @@ class BucketStorage:
         self._delete_all(f"{step_name(step)}/")
 
     def remove_leftovers(self) -> None:
-        saves = {found[0] for key in self._keys() if (found := _ARRAYS.match(key))}
+        saves = self._saves()
         manifests = {step_name(step): self.read_manifest(step) for step in self.steps()} if saves else {}
         for prefix in saves:
             step, arrays, _ = prefix.split("/")
@@ -296,10 +285,13 @@ class BucketStorage:
 
     def _remove_other_arrays(self, stage: Stage) -> None:
         if stage.replaces:
-            saves = {found[0] for key in self._keys() if (found := _ARRAYS.match(key))}
-            for prefix in saves - {f"{stage.folder}/{stage.arrays}/"}:
+            for prefix in self._saves() - {f"{stage.folder}/{stage.arrays}/"}:
                 if prefix.startswith(f"{stage.folder}/"):
                     self._delete_all(prefix)
+
+    def _saves(self) -> set[str]:
+        """Return the prefix of the arrays of each save, finished or not."""
+        return {found[0] for key in self._keys() if (found := _ARRAYS.match(key))}
 
     def _keys(self) -> list[str]:
         return [key.decode() for key in self._do(self._store.list())]
