@@ -38,10 +38,7 @@ class HostArray(NamedTuple):
 def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: int = 1) -> list[HostArray]:
     """Return the part of each array that a process writes. Hosts that hold the same shards share the work.
 
-    Args:
-        arrays: the arrays, keyed by path in the tree. All processes pass the same arrays. Each shard becomes a chunk.
-        process: the index of this process.
-        num_processes: the number of processes.
+    `arrays` is keyed by path in the tree, and is the same on all processes. Each shard becomes a chunk.
 
     Raises:
         TypeError: if an array is not numeric.
@@ -147,15 +144,9 @@ Digests: TypeAlias = dict[str, dict[str, str]]  # keyed by the path of the array
 
 
 def write_arrays(folder: str, arrays: Sequence[HostArray], *, headers: bool) -> Digests:
-    """Write the chunks of one host concurrently.
+    """Write the chunks of one host concurrently, and return the digests of the written files.
 
-    Args:
-        folder: the path or URL of the folder for the arrays.
-        arrays: the parts of the arrays that this host writes.
-        headers: whether this host also writes the zarr.json of each array. Exactly one host must do so.
-
-    Returns:
-        The digests of the written files.
+    With `headers`, also write the zarr.json of each array. Exactly one host must do so.
 
     Raises:
         CheckpointError: if a write fails; the message names the leaf and its folder.
@@ -207,12 +198,7 @@ def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[
 def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> Iterator[dict[Box, np.ndarray]]:
     """Read parts of arrays. Each chunk that overlaps a part is read once; many chunks are read concurrently.
 
-    Args:
-        folder: the path or URL of the folder that contains the arrays.
-        wanted: the arrays, each with the parts to read.
-
-    Yields:
-        The parts of each array.
+    `wanted` holds arrays, each with the parts to read. The parts of one array are yielded at a time.
 
     Raises:
         CheckpointError: if a file is missing, or its digest does not match the saved digest.

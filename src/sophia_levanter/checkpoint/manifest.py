@@ -100,11 +100,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def decode_manifest(file: str, content: bytes) -> Manifest:
-    """Decode and check the content of a manifest file.
-
-    Args:
-        file: the name of the file, for messages.
-        content: its bytes.
+    """Decode and check the content of the manifest `file`, which is named in messages.
 
     Raises:
         CheckpointError: if the manifest is damaged.

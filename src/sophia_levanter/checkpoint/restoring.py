@@ -43,14 +43,9 @@ def arrays_of(tree: Any) -> dict[str, Any]:
 def read_tree(
     folder: str, saved: Sequence[SavedArray], like: Tree, *, cast: bool, added: Mapping[str, int] | None = None
 ) -> Tree:
-    """Return `like` with its arrays replaced by the saved arrays, which get the same shardings.
+    """Return `like` with its arrays replaced by those saved in `folder`, which get the same shardings.
 
-    Args:
-        folder: the path or URL of the folder that contains the arrays.
-        saved: the saved arrays.
-        like: a tree with the wanted structure.
-        cast: whether to convert floating-point arrays that have a different dtype instead of rejecting them.
-        added: values, keyed by path, for scalars in `like` that may be missing from the saved arrays.
+    `cast` and `added` are the arguments of `restore`.
 
     Raises:
         InputError: if the saved arrays do not match those in `like`.
