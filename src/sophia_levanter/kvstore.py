@@ -12,6 +12,8 @@ from sophia_levanter.files import NotRegular, read_regular
 
 # Retries for bucket requests. The delays grow to half a minute, so an unanswered request fails after two minutes.
 _RETRIES = {"max_retries": 8}
+# The codecs of arrays: no compression, and a checksum for each chunk.
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 def kvstore_spec(location: str) -> dict[str, Any] | str:
@@ -30,6 +32,17 @@ def kvstore_spec(location: str) -> dict[str, Any] | str:
     bucket, _, path = rest.partition("/")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     return {"driver": "s3", "bucket": bucket, "path": path, "endpoint": endpoint, "aws_region": region}
+
+
+def array_spec(location: str) -> dict[str, Any]:
+    """Return the tensorstore specification for a zarr3 array, given the path or URL of its folder."""
+    return {
+        "driver": "zarr3",
+        "kvstore": kvstore_spec(location),
+        # A missing chunk is an error; by default it would read as zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
 
 
 def context_spec(cache_bytes: int = 0) -> dict[str, Any]:

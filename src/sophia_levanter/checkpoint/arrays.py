@@ -20,7 +20,7 @@ import xxhash
 
 from sophia_levanter.checkpoint.manifest import Box, CheckpointError, SavedArray, one_line
 from sophia_levanter.files import check_regular
-from sophia_levanter.kvstore import context_spec, kvstore_spec
+from sophia_levanter.kvstore import CODECS, array_spec, context_spec, kvstore_spec
 
 
 class HostArray(NamedTuple):
@@ -256,20 +256,14 @@ def _assembled(
 
 
 def _spec(folder: str, saved: SavedArray) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": kvstore_spec(f"{folder}/{saved.folder}"),
-        # A missing chunk is an error; by default it would read as zeros.
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-        "metadata": {
-            "shape": saved.shape,
-            "data_type": saved.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": saved.chunk_shape}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        },
+    metadata = {
+        "shape": saved.shape,
+        "data_type": saved.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": saved.chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": CODECS,
     }
+    return array_spec(f"{folder}/{saved.folder}") | {"metadata": metadata}
 
 
 def _open(folder: str, saved: SavedArray, context: ts.Context) -> ts.TensorStore:

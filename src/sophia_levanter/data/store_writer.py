@@ -25,7 +25,6 @@ from sophia_levanter.data.token_store import (
     MANIFEST_NAME,
     TOKENS,
     Manifest,
-    array_spec,
     digest_of,
     open_array,
     tokens_digest,
@@ -33,6 +32,7 @@ from sophia_levanter.data.token_store import (
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import write_atomically
+from sophia_levanter.kvstore import CODECS, array_spec
 
 SHARD_TOKENS = 1 << 21  # tokens per file
 CHUNK_TOKENS = 1 << 14  # tokens that one random read fetches and checks
@@ -138,8 +138,7 @@ class ArrayWriter:
 
 
 def _creation_spec(path: Path, layout: Layout) -> dict[str, Any]:
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [layout.chunk], "codecs": codecs, "index_codecs": codecs}
+    sharding = {"chunk_shape": [layout.chunk], "codecs": CODECS, "index_codecs": CODECS}
     metadata = {
         "shape": [0],
         "data_type": layout.dtype.name,

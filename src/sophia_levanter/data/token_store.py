@@ -19,7 +19,7 @@ import tensorstore as ts
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import check_regular, write_atomically
-from sophia_levanter.kvstore import context_spec, kvstore_spec, read_file
+from sophia_levanter.kvstore import array_spec, context_spec, read_file
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -311,17 +311,6 @@ def open_array(location: str, cache_bytes: int = 0) -> ts.TensorStore:
             check_regular(path)
     context = ts.Context(context_spec(cache_bytes))
     return ts.open(array_spec(location), open=True, read=True, context=context).result()
-
-
-def array_spec(location: str) -> dict[str, Any]:
-    """Return the tensorstore spec for an array."""
-    return {
-        "driver": "zarr3",
-        "kvstore": kvstore_spec(location),
-        # Otherwise, a chunk whose file is missing would read as zeros.
-        "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
-    }
 
 
 def tokens_digest(array: ts.TensorStore, location: str) -> str:
