@@ -242,12 +242,10 @@ class ValidationBatches:
         for start, end in self._ranges(0, len(self._starts)):
             yield self._store.read(start, end)
 
-    @property
-    def _ends(self) -> np.ndarray:
-        return np.minimum(self._starts + self._seq_len + 1, self._store.num_tokens)
-
     def _ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        return zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True)
+        starts = self._starts[first:last]
+        ends = np.minimum(starts + self._seq_len + 1, self._store.num_tokens)
+        return zip(starts.tolist(), ends.tolist(), strict=True)
 
 
 def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokenizer: Tokenizer) -> float:
