@@ -324,18 +324,20 @@ def build_directory(
     """
     if (found := find()) is not None:
         return found
+    lock_file = base.with_name(f"{base.name}.lock")
     with _naming_cache_dir(base.parent):
         base.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(base, wait=False)
+        lock = _lock(lock_file, wait=False)
     if lock is None:
         report(f"waiting for another process to prepare {base}")
         with _naming_cache_dir(base.parent):
-            lock = _lock(base, wait=True)
+            lock = _lock(lock_file, wait=True)
     assert lock is not None
     try:
         return find() or _build_beside(base, build)
     finally:
-        _unlock(base, lock)
+        lock_file.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
@@ -355,16 +357,11 @@ def _build_beside(base: Path, build: Callable[[Path], Path]) -> Path:
     return target
 
 
-def _lock_path(base: Path) -> Path:
-    return base.with_name(f"{base.name}.lock")
-
-
-def _lock(base: Path, *, wait: bool) -> int | None:
-    """Lock `base` and return the lock's file descriptor, or None if another process holds it and `wait` is false.
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a file and return its descriptor, or None if another process holds the lock and `wait` is false.
 
     The system releases the lock when the process ends for any reason.
     """
-    path = _lock_path(base)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -378,11 +375,6 @@ def _lock(base: Path, *, wait: bool) -> int | None:
         except FileNotFoundError:
             pass
         os.close(descriptor)
-
-
-def _unlock(base: Path, descriptor: int) -> None:
-    _lock_path(base).unlink(missing_ok=True)
-    os.close(descriptor)
 
 
 @contextmanager
