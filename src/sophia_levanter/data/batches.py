@@ -39,15 +39,9 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Part:
-    """A corpus in a mixture.
+    """A corpus in a mixture. Sequences are sampled in proportion to the weights."""
 
-    Attributes:
-        first: the index of its first token in the mixture.
-        num_tokens: the number of tokens in the corpus.
-        weight: its relative weight; sequences are sampled in proportion to the weights.
-    """
-
-    first: int
+    first: int  # the index of its first token in the mixture
     num_tokens: int
     weight: float
 
@@ -286,13 +280,7 @@ def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokeniz
 
 
 class Verification:
-    """Verifies corpora in a background thread during training.
-
-    Args:
-        corpora: the corpora to verify.
-        cache_dir: the directory in which verification results for large corpora are cached.
-        processes: the processes of the run. Each process verifies its own files.
-    """
+    """Verifies corpora in a background thread during training. Each process of the run verifies its own files."""
 
     def __init__(self, corpora: Sequence[Tokens], cache_dir: Path, processes: Processes) -> None:
         self._corpora = corpora
@@ -315,13 +303,8 @@ class Verification:
     def finish(self, stopping: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all corpora are verified, then check that they are unchanged.
 
-        All processes must call this method together.
-
-        Args:
-            stopping: returns whether the run is stopping and may be killed soon; if so, this method stops waiting.
-
-        Returns:
-            Whether the corpora of all processes are verified. The result is the same on every process.
+        All processes must call this method together. It returns, on every process, whether the corpora of all processes
+        are verified. It stops waiting once `stopping` returns true, because a stopping run may be killed soon.
 
         Raises:
             InputError: on every process, if a corpus on any process is damaged or invalid.

@@ -108,11 +108,7 @@ def _text_data(config: DataConfig, tokenizer: Tokenizer, train: Tokens, sets: Ma
 def masked_end(config: DataConfig, tokenizer: Tokenizer, field: str, corpus: Tokens) -> int | None:
     """Return the token after which attention and positions restart, or None if `data.mask_documents` is not set.
 
-    Args:
-        config: the data configuration.
-        tokenizer: the tokenizer of the corpus.
-        field: the setting that specifies the corpus, for messages.
-        corpus: the tokens. Each part is read up to its first end-of-text token.
+    Each part of the corpus is read up to its first end-of-text token.
 
     Raises:
         InputError: if `data.mask_documents` is set, but the corpus or a part of the mixture has no end-of-text token.
@@ -185,11 +181,6 @@ def _where(found: FoundSource, number: int) -> str:
 def prepare_validation(config: DataConfig, tokenizer: Tokenizer, report: Report) -> dict[str, Tokens]:
     """Prepare only the validation sets. The training text is read only if part of it is held out for validation.
 
-    Args:
-        config: specifies the text, the tokenizer and the validation split.
-        tokenizer: the tokenizer specified in `config`.
-        report: called with each message for the user.
-
     Raises:
         InputError: if a source or the cache cannot be used.
     """
@@ -260,14 +251,8 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
 
     End-of-text tokens separate documents. Documents shorter than `MIN_BYTES` bytes count only if all validation
     documents also occur in the training corpus. Memory use grows with the number of validation documents, but not with
-    the number of training documents.
-
-    Args:
-        train: the training tokens.
-        validation: the validation tokens.
-        tokenizer: the tokenizer of both corpora.
-        cache_dir: the directory in which results for large corpora are cached.
-        report: called with a message before large corpora are compared.
+    the number of training documents. The comparison of large corpora is
+    reported, and its result is cached in `cache_dir`.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS

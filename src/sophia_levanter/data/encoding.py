@@ -107,14 +107,9 @@ def _start_worker() -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """Encodes blocks in other processes.
+    """Encodes blocks in other processes."""
 
-    Attributes:
-        count: the number of blocks that are encoded concurrently.
-        submit: starts encoding a block and returns its future.
-    """
-
-    count: int
+    count: int  # of blocks that are encoded concurrently
     submit: Callable[[Texts], Future[Encoded]]
 
 

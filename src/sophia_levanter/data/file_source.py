@@ -30,17 +30,12 @@ Record = tuple[str, str | None]
 
 
 class FileSource(Source):
-    """Documents from files, read one at a time. Documents without text are skipped.
+    """Documents from the files that `find_files` finds, read one at a time. Documents without text are skipped.
 
     The format of a file is detected from its content (see `format_of`). JSON lines and JSON arrays contain one document
     per object, Parquet files contain one per row, and any other file is a single UTF-8 document. In Python's standard
     library, each module is a document, decoded according to its encoding declaration. Text is split at
     `data.document_separator`, if it is set.
-
-    Args:
-        name: the files; see `find_files`.
-        rows: converts records to documents.
-        report: called with a message about files whose names and contents disagree.
 
     Raises:
         InputError: if no files are found; later, during reading, if a file cannot be read or decoded, or a record has

@@ -46,21 +46,13 @@ TALLY_NAME = "tally.json"  # next to the stores: the row counts, and the name of
 
 @dataclass(frozen=True)
 class Job:
-    """Settings and callbacks for preparing text.
-
-    Attributes:
-        config: specifies the text and the cache directory.
-        tokenizer: the tokenizer.
-        report: called with each message for the user.
-        warn: called with each warning.
-        ray: the address of a Ray cluster on which to tokenize; by default, tokenization runs on this machine.
-    """
+    """Settings and callbacks for preparing text."""
 
     config: DataConfig
     tokenizer: Tokenizer
     report: Report
     warn: Report
-    ray: str | None = None
+    ray: str | None = None  # the address of a Ray cluster; by default, tokenization runs on this machine
 
     @property
     def cache_dir(self) -> Path:

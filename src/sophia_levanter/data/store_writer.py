@@ -63,17 +63,11 @@ def writing(before: str, after: str = "") -> Iterator[None]:
 
 
 class Layout(NamedTuple):
-    """The layout of an array in files.
-
-    Attributes:
-        dtype: the dtype of the elements.
-        shard: the number of elements in a file.
-        chunk: the number of elements that share a checksum; it divides `shard`.
-    """
+    """The layout of an array in files."""
 
     dtype: np.dtype
-    shard: int
-    chunk: int
+    shard: int  # elements in a file
+    chunk: int  # elements that share a checksum; it divides `shard`
 
 
 class ArrayWriter:

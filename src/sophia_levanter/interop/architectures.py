@@ -33,15 +33,10 @@ def shown(name: str, longest: int = _LONGEST_NAME) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """The fields of a `config.json`, or the model_args of a nanoGPT checkpoint.
-
-    Attributes:
-        file: the file that contains them.
-        values: the fields and their unchecked values.
-    """
+    """The fields of a `config.json`, or the model_args of a nanoGPT checkpoint."""
 
     file: Path
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # not checked yet
 
     def value(self, name: str, kind: Any, default: Any = None) -> Any:
         """Return the value of a field, which must have the type `kind`. Numbers must be positive.
@@ -145,8 +140,7 @@ class Architecture(abc.ABC):
 class Gpt2Architecture(Architecture):
     """The architecture of `GPT2LMHeadModel` in transformers and of `GPT` in nanoGPT.
 
-    Attributes:
-        positions: the name of the field that contains the number of positions.
+    `positions` is the name of the field that contains the number of positions.
     """
 
     model_types = ("gpt2",)

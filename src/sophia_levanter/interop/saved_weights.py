@@ -95,12 +95,7 @@ def _weights(
 ) -> dict[str, str]:
     """Check the array sizes against the description before a model is built, and return the arrays' `plain_names`.
 
-    Args:
-        file: the file that contains the arrays, for messages.
-        shapes: the shapes of the arrays, keyed by their names in the file.
-        architecture: the architecture of the model.
-        given: the description.
-        source: the name of the description, for messages.
+    `shapes` is keyed by the names in the file. `source` is the name of the description, for messages.
     """
     try:
         names = plain_names(shapes)

@@ -153,20 +153,14 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 class _Names:
-    """The names and shapes of a model's arrays in a state dict.
-
-    Attributes:
-        model: the model.
-        architecture: its architecture.
-        layout: the matrix layout.
-        inputs: the number of input axes of each linear layer's weight, keyed by the name of the weight in this package.
-    """
+    """The names and shapes of a model's arrays in a state dict."""
 
     def __init__(self, model: Any, layout: str | None) -> None:
         self.model, self.architecture = model, architecture_of(model.config)
         self.layout = layout or self.architecture.layout
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        # The number of input axes of each linear layer's weight, keyed by the name of the weight in this package.
         self.inputs = _inputs_of_linear_maps(model)
 
     def of_layer(self, name: str, layer: int) -> str:
