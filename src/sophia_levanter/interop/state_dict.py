@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import haliax.nn as hnn
@@ -86,7 +86,10 @@ def model_on_host(
         _tie(given, embedding)
     _check_same(wanted, {name: array.shape for name, array in given.items()}, names)
 
-    def load(name: str, leaf: NamedArray) -> NamedArray:
+    def load(path: tuple, leaf: object) -> object:
+        if not isinstance(leaf, NamedArray):
+            return leaf
+        name = _name(path)
         if not name.startswith("blocks."):
             array = given[name]
             if "vocab" in [axis.name for axis in leaf.axes]:
@@ -97,7 +100,7 @@ def model_on_host(
             array = np.stack([a.T for a in layers] if names.is_transposed(name) else layers)
         return NamedArray(array.reshape([axis.size for axis in leaf.axes]), leaf.axes)
 
-    return _map_named(load, template)
+    return jax.tree_util.tree_map_with_path(load, template, is_leaf=lambda x: isinstance(x, NamedArray))
 
 
 def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndarray]:
@@ -117,19 +120,16 @@ def to_state_dict(model: Any, *, layout: str | None = None) -> dict[str, np.ndar
     names = _Names(model, layout)
     shapes = names.shapes(model.config.embedding_rows(model.vocab_size))
     arrays: dict[str, np.ndarray] = {}
-
-    def save(name: str, leaf: NamedArray) -> NamedArray:
+    for name, leaf in _parts(model, NamedArray):
         array = np.asarray(leaf.array)
         if not name.startswith("blocks."):
             arrays[names.full(name)] = array[: shapes[name][0]]
-        for i in range(len(array) if name.startswith("blocks.") else 0):
+            continue
+        transposed = names.is_transposed(name)
+        for i in range(len(array)):
             plain = names.of_layer(name, i)
-            transposed = names.is_transposed(name)
             layer = array[i].reshape(shapes[plain][::-1] if transposed else shapes[plain])
             arrays[names.full(plain)] = layer.T if transposed else layer
-        return leaf
-
-    _map_named(save, model)
     return arrays
 
 
@@ -161,7 +161,7 @@ class _Names:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
         # The number of input axes of each linear layer's weight, keyed by the name of the weight in this package.
-        self.inputs = _inputs_of_linear_maps(model)
+        self.inputs = {f"{name}.weight": len(ensure_tuple(layer.In)) for name, layer in _parts(model, hnn.Linear)}
 
     def of_layer(self, name: str, layer: int) -> str:
         return name.replace("blocks", f"{self.architecture.layers}.{layer}", 1)
@@ -175,37 +175,22 @@ class _Names:
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array, keyed by its name without prefixes, for an embedding with `rows` rows."""
         shapes: dict[str, tuple[int, ...]] = {}
-
-        def note(name: str, leaf: NamedArray) -> NamedArray:
+        for name, leaf in _parts(self.model, NamedArray):
             shape = tuple(rows if axis.name == "vocab" else axis.size for axis in leaf.axes)
             if not name.startswith("blocks."):
                 shapes[name] = shape
-                return leaf
+                continue
             per_layer: tuple[int, ...] = (math.prod(shape[1:]),)
             if name in self.inputs:
                 border = 1 + self.inputs[name]
                 per_layer = math.prod(shape[1:border]), math.prod(shape[border:])
             for i in range(shape[0]):
                 shapes[self.of_layer(name, i)] = per_layer[::-1] if self.is_transposed(name) else per_layer
-            return leaf
-
-        _map_named(note, self.model)
         return shapes
 
     def is_matrix(self, plain: str) -> bool:
         prefix = f"{self.architecture.layers}."
         return any(plain.startswith(prefix) and plain.endswith(name.removeprefix("blocks")) for name in self.inputs)
-
-
-def _inputs_of_linear_maps(model: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
-
-    def visit(path: tuple, layer: object) -> None:
-        if isinstance(layer, hnn.Linear):
-            found[f"{_name(path)}.weight"] = len(ensure_tuple(layer.In))
-
-    jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda x: isinstance(x, hnn.Linear))
-    return found
 
 
 def _tie(given: dict[str, np.ndarray], embedding: str) -> None:
@@ -244,13 +229,10 @@ def _listed(names: Sequence[str], longest: int = 4) -> str:
     return f"{listed} and {len(names) - longest:,} more" if len(names) > longest else listed
 
 
-def _map_named(function: Callable[[str, NamedArray], NamedArray], model: Any) -> Any:
-    """Return the model with each named array replaced by `function(name, array)`."""
-
-    def visit(path: tuple, leaf: object) -> object:
-        return function(_name(path), leaf) if isinstance(leaf, NamedArray) else leaf
-
-    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=lambda x: isinstance(x, NamedArray))
+def _parts(model: Any, kind: type) -> list[tuple[str, Any]]:
+    """Return the parts of a model that have the type `kind`, with their names."""
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, kind))
+    return [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, kind)]
 
 
 def _name(path: tuple) -> str:
