@@ -96,12 +96,7 @@ def save(
 def copy_step(source: Path, step: int, target: Path, *, run_id: str, metadata: dict[str, JSON]) -> None:
     """Durably copy a step from one local folder to another, as a step of another run.
 
-    Args:
-        source: the folder that contains the step.
-        step: the number of the step.
-        target: the target folder, which is created if it does not exist.
-        run_id: the id of the other run.
-        metadata: metadata entries to add or replace.
+    The target folder is created if it does not exist. `metadata` contains the entries to add or replace.
 
     Raises:
         CheckpointError: if the step is damaged.

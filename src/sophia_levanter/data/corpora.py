@@ -303,7 +303,7 @@ def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tup
     """Yield the digests, starts and ends of all non-empty documents, block by block."""
     dtype = tokenizer.dtype.newbyteorder("<")
     last = part.first + part.num_tokens
-    begin, digest = part.first, _new_digest()
+    begin, digest = part.first, hashlib.blake2b(digest_size=DIGEST_BYTES)
     for start in range(part.first, last, READ_TOKENS):
         stop = min(start + READ_TOKENS, last)
         tokens = corpus.read(start, stop).astype(dtype)
@@ -317,13 +317,9 @@ def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tup
             if end > begin:
                 found.append((int.from_bytes(digest.digest(), "little"), begin, end))
             begin = read = end + 1
-            digest = _new_digest()
+            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         digest.update(text[max(read - start, 0) * dtype.itemsize :])
         columns = zip(*found, strict=True) if found else ([], [], [])
         yield tuple(
             np.array(column, kind) for column, kind in zip(columns, (np.uint64, np.int64, np.int64), strict=True)
         )
-
-
-def _new_digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=DIGEST_BYTES)

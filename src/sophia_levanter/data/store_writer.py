@@ -42,21 +42,18 @@ FILE_NAME = "progress.npz"
 TALLIES = ("tally", "tally_before")
 
 
-class NotWritten(InputError):
-    """Raised if a write to disk fails. A later process can resume from the data already written."""
-
-
 @contextmanager
 def writing(before: str, after: str = "") -> Iterator[None]:
-    """Convert disk errors, which tensorstore raises as `ValueError`, to `NotWritten`.
+    """Convert disk errors, which tensorstore raises as `ValueError`, to `InputError`.
 
-    The message contains the reason between `before` and `after`.
+    The message contains the reason between `before` and `after`. A later process can resume from the data already
+    written.
     """
     try:
         yield
     except (ValueError, OSError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise NotWritten(
+        raise InputError(
             f"data.cache_dir: cannot write {before}{reason}{after}; free some space and run the same command again "
             "to continue, or choose another directory"
         ) from error
@@ -156,7 +153,7 @@ class TokenStoreWriter:
     """Writes a store in the directory `path`, starting from `state`. `finish` completes the store.
 
     Raises:
-        NotWritten: from the constructor or any method, if a write to disk fails.
+        InputError: from the constructor or any method, if a write to disk fails.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, source: str, state: WriterState | None = None) -> None:
@@ -340,7 +337,7 @@ def save_progress(directory: Path, progress: Progress) -> None:
     """Write the progress file of a directory.
 
     Raises:
-        NotWritten: if the write to disk fails.
+        InputError: if the write to disk fails.
     """
     numbers = [{"documents": w.num_documents, "bytes": w.num_bytes, "written": w.written} for w in progress.writers]
     tails = {f"{i}_{name}": tail for i, w in enumerate(progress.writers) for name, tail in w.tails.items()}

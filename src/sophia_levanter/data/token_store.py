@@ -8,7 +8,7 @@ import json
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,21 +118,16 @@ class Manifest:
     def with_checksum(self) -> Manifest:
         """Return the manifest with a checksum of its other values."""
         values = asdict(self) | {"checksum": ""}
-        return Manifest(**(values | {"checksum": digest_of(json.dumps(values, sort_keys=True).encode())}))
+        return replace(self, checksum=digest_of(json.dumps(values, sort_keys=True).encode()))
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """Return the 16-byte BLAKE2b digest of `data` in hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 class TokenStore(Tokens):
-    """A finished token store, opened by `TokenStore.open`.
-
-    Attributes:
-        location: the path or URL of its directory.
-        manifest: its manifest.
-    """
+    """A finished token store, opened by `TokenStore.open`."""
 
     def __init__(self, location: str, manifest: Manifest, array: ts.TensorStore) -> None:
         self.location = location
@@ -285,7 +280,7 @@ class TokenStore(Tokens):
     @cached_property
     def _tokens(self) -> np.ndarray:
         (tokens,) = self._fetch([slice(0, self.num_tokens)])
-        self._check_digest(hashlib.blake2b(tokens.data, digest_size=16).hexdigest())
+        self._check_digest(digest_of(tokens.data))
         return tokens
 
     def _fetch(self, ranges: list[slice]) -> list[np.ndarray]:
@@ -379,7 +374,7 @@ def remembered(cache_dir: Path | None, key: Any, compute: Callable[[], dict[str,
     """
     if cache_dir is None:
         return compute()
-    path = cache_dir / RESULTS / hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+    path = cache_dir / RESULTS / digest_of(json.dumps(key).encode())
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_bytes())
     result = compute()
