@@ -219,11 +219,11 @@ class Preparation:
         size = 0
 
         def place() -> Place | None:
-            return trail.place if split.is_settled and trail.num_documents else None
+            return trail.place if split.is_settled and trail.place.num_documents else None
 
         try:
-            for position, text in self.source.documents(trail.position):
-                if size >= BLOCK_CHARACTERS and position != trail.position:
+            for position, text in self.source.documents(trail.place.position):
+                if size >= BLOCK_CHARACTERS and position != trail.place.position:
                     yield (place(), None), texts
                     texts, size = ([], []), 0
                 trail.add(position, text)

@@ -256,42 +256,31 @@ class Place:
 class Trail:
     """Tracks the current place while a source is read, so that a later process can resume after any document.
 
-    Args:
-        source: the source.
-        place: the place where an earlier process stopped; by default, the beginning.
+    Attributes:
+        place: the place after the last document; at first, where an earlier process stopped, or else the beginning.
     """
 
     def __init__(self, source: Source, place: Place | None = None) -> None:
-        self._source = source
+        self.place = place or Place(START, Tally(), Tally(), "", "", 0, "")
+        self._rows = source.rows
         self._files = [_as_bytes(part) for part in source.parts]
-        self.position = place.position if place else START
-        self._tally = place.tally if place else Tally()
-        self._tally_before = place.tally_before if place else Tally()
-        self._files_before = bytes.fromhex(place.files_before) if place else b""
-        self.num_documents = place.num_documents if place else 0
-        self._documents = bytes.fromhex(place.documents) if place else b""
+        self._file_digests = [_chained("", file) for file in self._files]
 
     def add(self, position: Position, text: str) -> None:
         """Advance to the position after a document."""
-        if position[0] != self.position[0]:
-            self._files_before = reduce(_chained, self._files[self.position[0] : position[0]], self._files_before)
-            self.num_documents, self._documents = 0, b""
-        self.num_documents += 1
-        self._documents = _chained(self._documents, text.encode("utf-8"))
-        rows = self._source.rows
-        self.position, self._tally, self._tally_before = position, rows.tally, rows.tally_before
-
-    @property
-    def place(self) -> Place:
-        """The place after the document that was added last."""
-        return Place(
-            self.position,
-            self._tally,
-            self._tally_before,
-            self._files_before.hex(),
-            _chained(b"", self._files[self.position[0]]).hex(),
-            self.num_documents,
-            self._documents.hex(),
+        last = self.place
+        files_before, num_documents, documents = last.files_before, last.num_documents, last.documents
+        if position[0] != last.position[0]:
+            files_before = reduce(_chained, self._files[last.position[0] : position[0]], files_before)
+            num_documents, documents = 0, ""
+        self.place = Place(
+            position,
+            self._rows.tally,
+            self._rows.tally_before,
+            files_before,
+            self._file_digests[position[0]],
+            num_documents + 1,
+            _chained(documents, text.encode("utf-8")),
         )
 
 
@@ -306,13 +295,13 @@ def place_after(source: Source, place: Place) -> Place | None:
     """
     files = [_as_bytes(part) for part in source.parts]
     number = place.position[0]
-    if number >= len(files) or reduce(_chained, files[:number], b"").hex() != place.files_before:
+    if number >= len(files) or reduce(_chained, files[:number], "") != place.files_before:
         return None
-    if _chained(b"", files[number]).hex() == place.file:
+    if _chained("", files[number]) == place.file:
         return place
     source.rows.tally = place.tally_before
     trail = Trail(source, replace(place, position=(number, 0), num_documents=0, documents=""))
-    for position, text in islice(source.documents(trail.position), place.num_documents):
+    for position, text in islice(source.documents(trail.place.position), place.num_documents):
         trail.add(position, text)
     return trail.place if trail.place.documents == place.documents else None
 
@@ -321,8 +310,8 @@ def _as_bytes(part: Any) -> bytes:
     return json.dumps(part).encode()
 
 
-def _chained(digest: bytes, data: bytes) -> bytes:
-    return hashlib.sha256(digest + data).digest()
+def _chained(digest: str, data: bytes) -> str:
+    return hashlib.sha256(bytes.fromhex(digest) + data).hexdigest()
 
 
 @dataclass(frozen=True)
