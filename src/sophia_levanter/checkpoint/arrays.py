@@ -24,15 +24,10 @@ from sophia_levanter.kvstore import CODECS, array_spec, context_spec, kvstore_sp
 
 
 class HostArray(NamedTuple):
-    """The part of an array that one host writes.
+    """The part of an array that one host writes."""
 
-    Attributes:
-        saved: the description of the array, to which digests are added later.
-        parts: the chunks that this host writes, in device or host memory.
-    """
-
-    saved: SavedArray
-    parts: dict[Box, Any]
+    saved: SavedArray  # digests are added later
+    parts: dict[Box, Any]  # the chunks that this host writes, in device or host memory
 
 
 def host_arrays(arrays: Mapping[str, Any], *, process: int = 0, num_processes: int = 1) -> list[HostArray]:

@@ -23,17 +23,11 @@ _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)-[0-9a-f]{32}")
 
 
 class Stage(NamedTuple):
-    """The location to which a step is written before it is committed.
+    """The location to which a step is written before it is committed."""
 
-    Attributes:
-        folder: a folder in the storage. In a bucket, where folders cannot be renamed, it is the final folder.
-        arrays: the subfolder for the arrays.
-        replaces: whether the stage replaces a damaged checkpoint of the same step.
-    """
-
-    folder: str
-    arrays: str
-    replaces: bool
+    folder: str  # a folder in the storage; in a bucket, where folders cannot be renamed, the final folder
+    arrays: str  # the subfolder for the arrays
+    replaces: bool  # whether the stage replaces a damaged checkpoint of the same step
 
 
 class Storage(Protocol):

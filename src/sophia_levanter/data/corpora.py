@@ -227,23 +227,14 @@ def _two_sides(job: Job) -> FoundSource:
 
 @dataclass(frozen=True)
 class Leak:
-    """Documents that occur in both a validation corpus and the training corpus.
+    """Documents that occur in both a validation corpus and the training corpus."""
 
-    Attributes:
-        count: the number of such documents. If it is 0, the attributes after `num_documents` are not used.
-        num_documents: the number of validation documents.
-        document: the index of the first such document in the validation corpus.
-        tokens: the range of its tokens in the validation corpus, (start, stop).
-        part: the index of the part of the training mixture that contains the document.
-        twin: the index of the document in that part.
-    """
-
-    count: int
-    num_documents: int
-    document: int = 0
-    tokens: tuple[int, int] = (0, 0)
-    part: int = 0
-    twin: int = 0
+    count: int  # if 0, only `num_documents` is used
+    num_documents: int  # in the validation corpus
+    document: int = 0  # the index of the first such document in the validation corpus
+    tokens: tuple[int, int] = (0, 0)  # the range of its tokens in the validation corpus, (start, stop)
+    part: int = 0  # the index of the part of the training mixture that contains the document
+    twin: int = 0  # the index of the document in that part
 
 
 def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir: Path, report: Report) -> Leak:

@@ -38,17 +38,11 @@ CONNECT_SECONDS = 10
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """The concatenated tokens of several documents.
+    """The concatenated tokens of several documents, with an end-of-text token after each document."""
 
-    Attributes:
-        tokens: [position], in the dtype of a token store, with an end-of-text token after each document.
-        lengths: int64 [document], the number of tokens in each document, including end-of-text.
-        num_bytes: the total size of the texts in UTF-8.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    num_bytes: int
+    tokens: np.ndarray  # [position], in the dtype of a token store
+    lengths: np.ndarray  # int64 [document], the number of tokens in each document, including end-of-text
+    num_bytes: int  # the total size of the texts in UTF-8
 
 
 # The texts in a block: its training documents and its held-out documents.

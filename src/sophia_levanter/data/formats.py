@@ -44,13 +44,7 @@ EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 
 
 class OpenFile:
-    """An open file, decompressed according to its first bytes.
-
-    Attributes:
-        file: the file's name and its state when it was found.
-        compression: gzip, zstd, xz, bzip2 or None.
-        content: the stream of decompressed bytes.
-    """
+    """An open file. `content` is the stream of its bytes, decompressed with the `compression` that they indicate."""
 
     def __init__(self, file: TextFile) -> None:
         self.file = file

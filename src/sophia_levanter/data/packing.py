@@ -13,20 +13,15 @@ import numpy as np
 class Packing:
     """Statistics on the documents in a token store, and on how they fill sequences of a fixed length.
 
-    Attributes:
-        median_length: the median document length in tokens, including end-of-text.
-        longest: the length of the longest document in tokens, including end-of-text.
-        documents_per_sequence: the mean number of whole or partial documents in a sequence.
-        share_of_one: the fraction of sequences that contain a single document, so that masking does not change them.
-        removed_share: the fraction of attention pairs (a token with itself or an earlier token in its sequence) whose
-            tokens belong to different documents.
+    Lengths are in tokens and include end-of-text. An attention pair is a token with itself or with an earlier token in
+    its sequence.
     """
 
     median_length: float
     longest: int
-    documents_per_sequence: float
-    share_of_one: float
-    removed_share: float
+    documents_per_sequence: float  # the mean number of whole or partial documents
+    share_of_one: float  # the fraction of sequences that contain a single document, so that masking changes nothing
+    removed_share: float  # the fraction of attention pairs whose tokens belong to different documents
 
 
 def packing_of(document_ends: Iterable[np.ndarray], seq_len: int) -> Packing:

@@ -32,19 +32,12 @@ DATASET_OPTIONS = {"hub": ("split", "name", "revision", "streaming"), "datasets"
 
 @dataclass(frozen=True)
 class FoundSource:
-    """The tokens of a source: one corpus, or a training and a validation corpus.
+    """The tokens of a source: one corpus, or a training and a validation corpus."""
 
-    Attributes:
-        name: the name of the source, as the user wrote it.
-        inputs: the names of the files or folders that are read. The same file always has the same name.
-        make: returns the tokens, after preparing them if needed.
-        source: the documents; None if only their tokens exist.
-    """
-
-    name: str
-    inputs: Sequence[str]
-    make: Callable[[], Sequence[Tokens]]
-    source: Source | None = None
+    name: str  # as the user wrote it
+    inputs: Sequence[str]  # the files or folders that are read; the same file always has the same name
+    make: Callable[[], Sequence[Tokens]]  # returns the tokens, after preparing them if needed
+    source: Source | None = None  # the documents; None if only their tokens exist
 
 
 class DataSource(ChoiceRegistry):

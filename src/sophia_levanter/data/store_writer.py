@@ -232,25 +232,15 @@ class TokenStoreWriter:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a source, with counts and digests of the text up to that place.
+    """A place in a source, with counts and digests of the text up to that place."""
 
-    Attributes:
-        position: the position after the last document.
-        tally: the row counts up to the position.
-        tally_before: the row counts of all files before the current file.
-        files_before: a digest of `Source.parts` for all files before the current file.
-        file: a digest of `Source.parts` for the current file.
-        num_documents: the number of documents in the current file up to the position.
-        documents: a digest of these documents.
-    """
-
-    position: Position
-    tally: Tally
-    tally_before: Tally
-    files_before: str
-    file: str
-    num_documents: int
-    documents: str
+    position: Position  # after the last document
+    tally: Tally  # the row counts up to the position
+    tally_before: Tally  # the row counts of all files before the current file
+    files_before: str  # a digest of `Source.parts` for all files before the current file
+    file: str  # a digest of `Source.parts` for the current file
+    num_documents: int  # in the current file, up to the position
+    documents: str  # a digest of these documents
 
 
 class Trail:

@@ -34,21 +34,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file, and its state when it was found.
+    """A text file, and its state when it was found."""
 
-    Attributes:
-        name: an absolute path, or a URL.
-        field: the config field that specifies the file, for error messages.
-        size: the size in bytes.
-        version: a JSON value that changes with the content.
-        marks: properties that change when the file is written to or replaced.
-    """
-
-    name: str
-    field: str
-    size: int
-    version: Any
-    marks: Mapping[str, Any]
+    name: str  # an absolute path, or a URL
+    field: str  # the config field that specifies the file, for error messages
+    size: int  # in bytes
+    version: Any  # a JSON value that changes with the content
+    marks: Mapping[str, Any]  # properties that change when the file is written to or replaced
 
     @property
     def where(self) -> str:
