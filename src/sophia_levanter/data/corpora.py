@@ -242,8 +242,8 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
 
     End-of-text tokens separate documents. Documents shorter than `MIN_BYTES` bytes count only if all validation
     documents also occur in the training corpus. Memory use grows with the number of validation documents, but not with
-    the number of training documents. The comparison of large corpora is
-    reported, and its result is cached in `cache_dir`.
+    the number of training documents. The comparison of large corpora is reported,
+    and its result is cached in `cache_dir`.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS
