@@ -17,8 +17,6 @@ from estimates import (
     draws_of,
     estimate,
     flatten,
-    loss,
-    outputs_fn,
 )
 
 import sophia_levanter.jax_compatibility  # noqa: F401
@@ -28,8 +26,6 @@ from sophia_levanter.optim import (
     GaussNewtonHutchinson,
     Hutchinson,
     Normal,
-    SophiaG,
-    SophiaH,
 )
 from sophia_levanter.optim._hutchinson import PROBES, draw_probe
 
@@ -66,26 +62,6 @@ def test_the_gradient_is_clipped_by_its_global_norm(max_grad_norm, wanted):
     model = {"a": jnp.ones(1), "b": jnp.ones((1, 1))}
     estimate = estimator.from_sampled_loss(lambda m, _: (3 * m["a"][0] + 4 * m["b"][0, 0], 2), model, key=KEY)
     assert flatten(estimate).tolist() == pytest.approx(wanted)
-
-
-def test_from_sampled_loss_is_the_same():
-    estimator = GaussNewtonBartlett()
-
-    def sampled_loss(model, x, key):
-        return estimator.sampled_loss(model(x), key=key)
-
-    made = eqx.filter_jit(lambda function, *args: estimator.from_sampled_loss(function, *args, key=KEY))
-    x = jnp.asarray(INPUTS.reshape(2, 4, 3))
-    pairs = [(estimate(estimator, outputs_fn, MODEL, x), made(sampled_loss, MODEL, x))]
-    pairs += [(estimate(estimator, outputs_fn, MODEL), made(lambda m, key: sampled_loss(m, INPUTS, key), MODEL))]
-    for called, other in pairs:
-        np.testing.assert_array_equal(flatten(called), flatten(other))
-
-
-@pytest.mark.parametrize(("optimizer", "function"), [(SophiaG(), outputs_fn), (SophiaH(), loss)])
-def test_the_optimizers_estimate_with_their_estimator(optimizer, function):
-    found = eqx.filter_jit(lambda model: optimizer.estimate(function, model, key=KEY))(MODEL)
-    np.testing.assert_array_equal(flatten(found), flatten(estimate(optimizer.estimator, function, MODEL)))
 
 
 def test_each_microbatch_draws_its_own_targets():
@@ -168,28 +144,6 @@ def test_sums_over_many_microbatches_do_not_stand_still_in_half_precision(estima
     else:
         estimate = estimator(function, model, microbatches, key=KEY)
     assert estimate.tolist() == [1.0]
-
-
-@pytest.mark.parametrize(("estimator", "function"), ESTIMATORS)
-def test_numpy_arrays_and_vmap_over_keys_change_nothing(estimator, function):
-    arrays = {"microbatches": INPUTS.reshape(2, 4, 3)}
-    if not isinstance(estimator, Hutchinson):
-        arrays["weights"] = ANY_WEIGHTS.reshape(2, 4)
-
-    def one(key, arrays):
-        return flatten(estimator(function, MODEL, **arrays, key=key))
-
-    keys = jax.random.split(KEY, 2)
-    batched = jax.jit(jax.vmap(one, (0, None)))(keys, arrays)
-    of_numpy = jax.jit(lambda key: one(key, arrays))
-    np.testing.assert_allclose(batched, [of_numpy(key) for key in keys], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett, GaussNewtonHutchinson, Hutchinson])
-def test_integer_and_static_leaves_have_no_curvature(estimator):
-    h_hat = estimate(estimator(), loss if estimator is Hutchinson else outputs_fn, MODEL)
-    assert (h_hat.steps, h_hat.name) == (None, "classifier")
-    assert_like_the_model(h_hat)
 
 
 @pytest.mark.parametrize("estimator", [GaussNewtonBartlett, GaussNewtonHutchinson, Hutchinson])

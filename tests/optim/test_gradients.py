@@ -20,7 +20,6 @@ from sophia_levanter.optim import (
     value_grad_and_curvature,
 )
 from sophia_levanter.optim._gauss_newton import REDUCTIONS
-from sophia_levanter.optim._gradients import accumulate
 
 KEY = jax.random.key(0)
 MICROBATCHES, ROWS = 4, 3
@@ -150,14 +149,6 @@ def test_named_arrays():
         np.testing.assert_allclose(ours.array, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_scalars_may_be_named():
-    w = hax.named(normal(2, 3), ("feature", "class"))
-    loss, grads, h_hat = passes(lambda w, key: (hax.mean(w), 2 * hax.mean(w), 3), w)
-    np.testing.assert_allclose(loss, hax.mean(w).array, rtol=1e-6)
-    np.testing.assert_allclose(grads.array, 1 / 6, rtol=1e-6)
-    np.testing.assert_allclose(h_hat.array, 3 / 9, rtol=1e-6)
-
-
 def count(jaxpr, primitive):
     """How often a primitive is in a jaxpr, and in those inside of it."""
     inner = [sub for equation in jaxpr.eqns for sub in jaxprs_in_params(equation.params)]
@@ -231,19 +222,6 @@ def test_all_left_out_is_not_finite():
         assert not np.isfinite(leaf).any()
 
 
-def test_vmap_over_keys():
-    keys = jax.random.split(KEY, 2)
-    batched = eqx.filter_jit(jax.vmap(lambda key: all_three(BATCH, GNB, 2, key)))(keys)
-    each = [all_three(BATCH, GNB, 2, key) for key in keys]
-    assert_same(batched, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), rtol=1e-4)
-
-
-def test_numpy_microbatches():
-    arrays = jax.tree.map(np.asarray, BATCH)
-    ours = eqx.filter_jit(lambda model: passes(losses_fn, model, arrays, curvature_microbatches=2))(MODEL)
-    assert_same(ours, all_three(BATCH, GNB, 2))
-
-
 def test_gradients_of_half_precision_models_are_summed_in_float32():
     """In bfloat16 a sum of ones stands still at 256."""
     _, grads, h_hat = passes(
@@ -259,13 +237,6 @@ def test_the_number_of_targets_is_not_rounded_to_the_dtype_of_the_loss(dtype, nu
     _, grads, h_hat = passes(lambda m, key: (jnp.sum(m), jnp.sum(m), num_targets), jnp.ones(2, dtype))
     np.testing.assert_allclose(grads, 1, rtol=1e-6)
     np.testing.assert_allclose(h_hat, num_targets, rtol=1e-6)
-
-
-def test_sums_without_an_estimator():
-    sums = eqx.filter_jit(lambda batch: accumulate(losses_fn, MODEL, batch, key=KEY))(BATCH)
-    assert sums.curvature is None
-    np.testing.assert_allclose(sums.num_targets, np.sum(WEIGHTS))
-    assert_mean_loss_and_gradient(*sums.mean())
 
 
 def test_hutchinson_makes_another_pass():
