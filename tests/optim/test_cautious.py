@@ -1,13 +1,11 @@
 """Cautious steps, alone and in Sophia and AdamW."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from sophia_levanter.optim import AdamW, Sophia
-from sophia_levanter.optim._optax import agreeing, cautious
+from sophia_levanter.optim._optax import agreeing
 
 STEP = jnp.array([1.0, -0.5, 0.25, 1.0])
 GRAD = jnp.array([2.0, 1.0, 0.1, -3.0])  # agrees with the first and the third
@@ -15,10 +13,6 @@ GRAD = jnp.array([2.0, 1.0, 0.1, -3.0])  # agrees with the first and the third
 
 def test_what_goes_up_is_left_out_and_the_rest_grows_by_as_much():
     np.testing.assert_allclose(agreeing(STEP, GRAD), [2.0, 0.0, 0.5, 0.0], rtol=1e-6)
-
-
-def test_a_step_that_agrees_everywhere_stays_as_it_is():
-    np.testing.assert_array_equal(agreeing(STEP, STEP), STEP)
 
 
 def test_no_gradient_at_all_is_no_step():
@@ -29,10 +23,6 @@ def test_few_that_agree_do_not_grow_without_bound():
     step = jnp.ones(10_000)
     grad = -jnp.ones(10_000).at[0].set(-1.0)
     assert agreeing(step, grad).max() == pytest.approx(1e3)
-
-
-def test_the_dtype_stays():
-    assert agreeing(STEP.astype(jnp.bfloat16), GRAD.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def _momentum_against_gradient(optimizer) -> np.ndarray:
@@ -69,19 +59,7 @@ def test_adamw_is_optax_adam_of_which_the_agreeing_part_is_left():
     np.testing.assert_allclose(careful, [2 * plain[0], 0.0], rtol=1e-6)
 
 
-def test_as_an_optax_transformation():
-    transformation = cautious(optax.trace(0.5))
-    state = transformation.init(jnp.zeros(2))
-    _, state = transformation.update(jnp.array([1.0, 1.0]), state)
-    updates, _ = transformation.update(jnp.array([1.0, -0.1]), state)
-    np.testing.assert_allclose(updates, [3.0, 0.0])
-
-
 @pytest.mark.parametrize("optimizer", [Sophia, AdamW])
 def test_the_switch_must_be_a_truth_value(optimizer):
     with pytest.raises(TypeError, match="cautious is 1; it must be True or False"):
         optimizer(cautious=1)
-
-
-def test_under_jit_and_vmap():
-    np.testing.assert_allclose(jax.jit(jax.vmap(agreeing))(STEP[None], GRAD[None])[0], agreeing(STEP, GRAD))

@@ -11,7 +11,6 @@ from estimates import (
     INPUTS,
     KEY,
     MODEL,
-    assert_like_the_model,
     assert_mean,
     draws_of,
     loss,
@@ -73,11 +72,6 @@ def test_a_tree_is_projected_and_projected_back():
 def test_it_starts_at_the_parameters_own_coordinates():
     for name, leaf in BASIS.at(BASIS.init(PARAMS)).project(PARAMS).items():
         np.testing.assert_array_equal(leaf, PARAMS[name])
-
-
-def test_without_axes_the_leaves_of_two_axes_are_matrices():
-    turns = KroneckerBasis().init(PARAMS)
-    assert [turn is None for turn in turns] == [False, True, True]
 
 
 @pytest.mark.parametrize(("max_size", "kept"), [(4, (False, True)), (3, (True, True)), (6, (False, False))])
@@ -276,25 +270,6 @@ def test_dtypes_of_parameters_in_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves((h_hat, state.curvature, state.basis))} == {jnp.dtype("float32")}
 
 
-def test_a_model_learns_under_jit_and_in_optax():
-    optimizer = SophiaG(learning_rate=0.05, weight_decay=0.0, rho=0.1, interval=2, basis=KroneckerBasis())
-    transformation = optax.chain(optimizer.as_optax())
-    model, state = FROM_FLAT(FLAT), transformation.init(FROM_FLAT(FLAT))
-
-    @jax.jit
-    def step(params, state, key):
-        whole = model_from(jax.flatten_util.ravel_pytree(params)[0])
-        h_hat = optimizer.estimate(outputs_fn, whole, key=key, state=state[0])
-        assert_like_the_model(h_hat)
-        grads = jax.grad(lambda p: loss(model_from(jax.flatten_util.ravel_pytree(p)[0])))(params)
-        updates, state = transformation.update(grads, state, params, h_hat=h_hat)
-        return optax.apply_updates(params, updates), state
-
-    for i in range(20):
-        model, state = step(model, state, jax.random.fold_in(KEY, i))
-    assert loss(model_from(jax.flatten_util.ravel_pytree(model)[0])) < 0.5 * loss(MODEL)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "wanted"),
     [
@@ -306,13 +281,6 @@ def test_a_model_learns_under_jit_and_in_optax():
 def test_arguments_out_of_range(arguments, error, wanted):
     with pytest.raises(error, match=f"^{wanted}"):
         KroneckerBasis(**arguments)
-
-
-def test_axes_that_do_not_fit():
-    with pytest.raises(
-        ValueError, match=r"matrices\['w'\] is .*it must specify distinct axes of the parameter's shape"
-    ):
-        KroneckerBasis(matrices={"w": MuonDimensionNumbers(0, 0)}).init({"w": jnp.ones((3, 4))})
 
 
 def test_parameters_without_a_matrix():

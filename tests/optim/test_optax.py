@@ -298,16 +298,6 @@ def test_a_group_without_parameters_keeps_a_number_as_rho():
     assert jnp.isfinite(state.inner_states["b"].inner_state.rho)
 
 
-def test_trees_of_another_structure_are_named_through_optax_too():
-    transformation = SophiaG().as_optax()
-    params = {"w": jnp.ones(2), "b": jnp.ones(3)}
-    state = transformation.init(params)
-    with pytest.raises(ValueError, match=r"h_hat\['b'\] is missing"):
-        transformation.update(params, state, params, h_hat={"w": params["w"]})
-    with pytest.raises(ValueError, match=r"grads\['b'\] is missing"):
-        transformation.update({"w": params["w"]}, state, params, h_hat=params)
-
-
 def test_lookups_as_in_optax():
     state = optax.chain(optax.clip(1.0), SophiaH().as_optax()).init({"w": jnp.ones(2)})
     assert optax.tree.get(state, "curvature") is not None

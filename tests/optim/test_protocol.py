@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,15 +78,6 @@ def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     metrics = optimizer.metrics(state)
     assert all(value.shape == () for value in metrics.values())
     assert metrics["momentum_norm"] == optimizer.metrics(after)["momentum_norm"] > 0
-
-
-@pytest.mark.parametrize("cls", [AdamW, Lion])
-def test_named_arrays(cls):
-    named = {"w": hax.named(jnp.asarray([1.0, -2.0]), "embed")}
-    optimizer = cls(0.1, weight_decay=0.0)
-    updates, _ = optimizer.update(named, optimizer.init(named), named)
-    assert updates["w"].axes == named["w"].axes
-    assert updates["w"].array.tolist() == pytest.approx([-0.1, 0.1])
 
 
 @pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
