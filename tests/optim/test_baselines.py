@@ -1,6 +1,4 @@
-"""AdamW and Lion by hand and against optax, and what Muon and Soap share with them."""
-
-import functools
+"""AdamW and Lion against optax, and what Muon and Soap share with them."""
 
 import equinox as eqx
 import jax
@@ -50,44 +48,26 @@ def trajectory(optimizer, model):
     return np.stack(found), model
 
 
-def adam(m, v, g, t, nesterov=False):
-    m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
-    ahead = 0.8 * m / (1 - 0.8 ** (t + 1)) + 0.2 * g / (1 - 0.8**t) if nesterov else m / (1 - 0.8**t)
-    return m, v, ahead / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
-
-
-def lion(m, v, g, t):
-    return 0.9 * m + 0.1 * g, v, np.sign(0.8 * m + 0.2 * g)
-
-
 ADAM = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.3}
 LION = {"b1": 0.8, "b2": 0.9, "weight_decay": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "rule", "mask"),
+    ("ours", "theirs"),
     [
-        (AdamW(rate, 0.8, 0.9, 1e-3, 0.3), optax.adamw(rate, **ADAM), adam, None),
+        (AdamW(rate, 0.8, 0.9, 1e-3, 0.3), optax.adamw(rate, **ADAM)),
         (
             AdamW(rate, 0.8, 0.9, 1e-3, 0.3, matrices, nesterov=True),
             optax.adamw(rate, **ADAM, mask=matrices, nesterov=True),
-            functools.partial(adam, nesterov=True),
-            matrices,
         ),
-        (Lion(rate, 0.8, 0.9, 0.3, matrices), optax.lion(rate, **LION, mask=matrices), lion, matrices),
+        (Lion(rate, 0.8, 0.9, 0.3, matrices), optax.lion(rate, **LION, mask=matrices)),
     ],
     ids=["adamw", "nadamw", "lion"],
 )
-def test_steps_are_those_by_hand_and_those_of_optax(ours, theirs, rule, mask):
+def test_steps_are_those_of_optax(ours, theirs):
     found, model = trajectory(ours, START)
     assert (int(model.steps), model.name) == (7, "model")
     np.testing.assert_array_equal(found, trajectory(theirs, PARAMS)[0])
-    theta, m, v = flat(START).astype(np.float64), np.zeros(6), np.zeros(6)
-    decay = 0.3 * np.asarray([1, 1, 1, 1, mask is None, mask is None])
-    for t, g in enumerate(GRADS.astype(np.float64), start=1):
-        m, v, step = rule(m, v, g, t)
-        theta = theta - 0.01 * t * (step + decay * theta)
-        np.testing.assert_allclose(found[t - 1], theta, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cls", BASELINES)
@@ -116,14 +96,14 @@ def test_metrics_and_refresh(cls):
     assert not any(optimizer.refresh_due(step) for step in range(20))
 
 
-@pytest.mark.parametrize("cls", BASELINES)
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", -1.0), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("b2", -0.1), ("weight_decay", -1.0)],
 )
-def test_argument_out_of_range(cls, name, value):
+def test_argument_out_of_range(name, value):
+    """All baselines check these in one place, as the next test shows."""
     with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be in \[0, "):
-        cls(**{name: value})
+        AdamW(**{name: value})
 
 
 @pytest.mark.parametrize("cls", BASELINES)
