@@ -1,6 +1,5 @@
 """Which dtypes states and steps have, whatever the dtypes of parameters, gradients and hyper-parameters."""
 
-import contextlib
 import functools
 
 import equinox as eqx
@@ -86,14 +85,13 @@ def two_steps(make, given, dtype):
     return found, state
 
 
-@pytest.mark.parametrize(("dtype", "x64"), [pytest.param("float32", False, marks=pytest.mark.slow), ("bfloat16", True)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_jax_numbers_give_the_same_steps(name, dtype, x64):
+def test_jax_numbers_give_the_same_steps(name):
     """float64 numbers would promote bfloat16 if they were not weakly typed, as would float32 numbers."""
     make, given = OPTIMIZERS[name]
-    with jax.enable_x64(True) if x64 else contextlib.nullcontext():
-        wanted = two_steps(make, given, dtype)
-        found = two_steps(make, {key: jnp.asarray(value) for key, value in given.items()}, dtype)
+    with jax.enable_x64(True):
+        wanted = two_steps(make, given, jnp.bfloat16)
+        found = two_steps(make, {key: jnp.asarray(value) for key, value in given.items()}, jnp.bfloat16)
         assert dtypes(found) == dtypes(wanted)
         assert_trees_equal(found, wanted)
 
@@ -108,7 +106,7 @@ def test_a_float32_array_keeps_the_dtypes_of_the_state(name):
     assert dtypes(found) == dtypes(wanted)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_dtype_is_wider_than_that_of_the_parameters_under_x64(name, dtype):
     make, given = OPTIMIZERS[name]
@@ -128,7 +126,7 @@ def test_no_dtype_is_wider_than_that_of_the_parameters_under_x64(name, dtype):
         assert dtype == "float64" or leaf.dtype.itemsize < 8, f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_sophias_state_goes_through_scans_with_wide_gradients(dtype):
     with jax.enable_x64(True):
         params, wide = {"w": jnp.ones(2, dtype)}, {"w": jnp.ones(2, jnp.float64)}

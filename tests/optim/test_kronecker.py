@@ -146,12 +146,7 @@ def gauss_newton():
 
 @pytest.mark.parametrize(
     "estimator",
-    [
-        GaussNewtonBartlett(),
-        GaussNewtonBartlett(reduction="average_then_square"),
-        GaussNewtonHutchinson(),
-        Hutchinson(),
-    ],
+    [GaussNewtonBartlett(reduction="average_then_square"), GaussNewtonHutchinson(), Hutchinson()],
     ids=repr,
 )
 def test_estimates_have_the_exact_diagonal_in_the_basis_as_their_mean(estimator, rotation, gauss_newton):

@@ -1,4 +1,4 @@
-"""Hyperball and cautious weight decay around every optimizer."""
+"""Hyperball and cautious weight decay around an optimizer."""
 
 import equinox as eqx
 import jax
@@ -10,19 +10,15 @@ from trajectories import assert_trees_equal, normal, rate, run
 
 from sophia_levanter.optim import (
     AdamW,
-    AdEMAMix,
     CautiousWeightDecay,
     Hyperball,
-    Lion,
     Muon,
     ParameterGroup,
     ParameterGroups,
-    Soap,
     SophiaG,
     hyperball_weight_decay,
 )
 
-OPTIMIZERS = [SophiaG, AdamW, Muon, Soap, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Lion, AdEMAMix))]
 # Two layers of matrices in x out, whose axes are not the first ones; a table and a norm are none.
 MATRICES = {"stack": MuonDimensionNumbers(0, 2), "table": None, "norm": None}
 STEPS = 4
@@ -72,11 +68,9 @@ def test_hyperball_by_hand():
             np.testing.assert_allclose(found[t - 1][name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [SophiaG, AdamW])
 def test_matrices_keep_their_norms_and_others_their_steps(kind):
     optimizer = kind(0.1, weight_decay=0.0)
-    if kind is Muon:
-        optimizer = kind(0.1, weight_decay=0.0, matrices=MATRICES)
     found, plain = run(Hyperball(optimizer, MATRICES), START, GRADS), run(optimizer, START, GRADS)
 
     def norms(params):
@@ -130,8 +124,8 @@ def test_cautious_weight_decay_by_hand():
             np.testing.assert_allclose(found[t - 1][name], theta[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_every_optimizer_decays_where_its_step_agrees(kind):
+@pytest.mark.parametrize("kind", [SophiaG, AdamW])
+def test_an_optimizer_decays_where_its_step_agrees(kind):
     optimizer = kind(0.1, weight_decay=0.0)
     (ours,), (theirs,) = (run(o, START, GRADS[:1]) for o in (CautiousWeightDecay(optimizer, 0.5), optimizer))
     for name, start in START.items():

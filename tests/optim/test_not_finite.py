@@ -6,7 +6,7 @@ import optax
 import pytest
 from trajectories import assert_trees_equal
 
-from sophia_levanter.optim import AdamW, AdEMAMix, Lion, Muon, ReproducedSophia, Soap, SophiaG
+from sophia_levanter.optim import AdamW, ReproducedSophia, Soap, SophiaG
 
 BAD = [float("nan"), float("inf"), -float("inf")]
 PARAMS = {"w": jnp.asarray([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]]), "b": jnp.ones(2)}
@@ -52,8 +52,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_counts(order, cautiou
     assert optimizer.metrics(after)["skipped_updates"] == optimizer.metrics(after)["skipped_refreshes"] == 1
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap, AdEMAMix])
+@pytest.mark.parametrize("cls", [AdamW, Soap])
 def test_the_baselines_are_left_in_the_same_way(cls):
+    """All of them by the `update` that they inherit."""
     optimizer = cls(0.1, weight_decay=0.3, gradient_transform=TRANSFORM)
     update = jax.jit(optimizer.update)
     _, before = update(GOOD, optimizer.init(PARAMS), PARAMS)

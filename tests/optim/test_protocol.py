@@ -60,11 +60,10 @@ def test_examples_in_docstrings(name):
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
-ONE_OF_EACH = [SophiaG, AdamW, Lion, Muon, Soap, AdEMAMix]
 PARAMS = {"w": jnp.ones(2), "b": jnp.ones(3)}
 
 
-@pytest.mark.parametrize("cls", [Sophia, SophiaH, *ONE_OF_EACH])
+@pytest.mark.parametrize("cls", [Sophia, SophiaG, SophiaH, AdamW, Lion, Muon, Soap, AdEMAMix])
 def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     optimizer: Optimizer = cls(learning_rate=0.1)
     params = {"w": jnp.asarray([1.0, -2.0])}
@@ -80,11 +79,13 @@ def test_every_optimizer_can_be_driven_by_the_protocol_alone(cls):
     assert metrics["momentum_norm"] == optimizer.metrics(after)["momentum_norm"] > 0
 
 
-@pytest.mark.parametrize("cls", [AdamW, Lion, Muon, Soap])
-def test_a_gradient_transformation_comes_first(cls):
+# Sophia and the baselines, which inherit `init` and `update`, have each of the following checks once.
+
+
+def test_a_gradient_transformation_comes_first():
     """Clipped inside is clipped by hand. `test_sophia.py` and `test_optax.py` have the same of Sophia."""
     clip = optax.clip_by_global_norm(0.5)
-    inside, outside = cls(0.1, gradient_transform=clip), cls(0.1)
+    inside, outside = AdamW(0.1, gradient_transform=clip), AdamW(0.1)
     params = {"w": jnp.asarray([1.0, -2.0])}
     ours, theirs = inside.init(params), outside.init(params)
     for scale in (10.0, 0.1, 3.0):
@@ -97,7 +98,7 @@ def test_a_gradient_transformation_comes_first(cls):
     assert not np.array_equal(inside.metrics(ours)["momentum_norm"], 0)
 
 
-@pytest.mark.parametrize("cls", ONE_OF_EACH)
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
 def test_models_that_cannot_be_optimized(cls):
     with pytest.raises(ValueError, match="the model has no floating-point array to optimize"):
         cls().init({"steps": jnp.int32(1)})
@@ -105,7 +106,7 @@ def test_models_that_cannot_be_optimized(cls):
         cls().init({"w": jnp.ones(1), "z": jnp.ones(1, jnp.complex64)})
 
 
-@pytest.mark.parametrize("cls", ONE_OF_EACH)
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
 def test_other_trees_are_named_by_their_path(cls):
     optimizer = cls()
     with pytest.raises(ValueError, match=r"grads\['b'\] is missing, but the parameter has shape \(3,\)"):
@@ -117,7 +118,6 @@ def test_other_trees_are_named_by_their_path(cls):
         masked.update(PARAMS, masked.init(PARAMS), PARAMS)
 
 
-# Sophia and the baselines check these each in their own `update`.
 @pytest.mark.parametrize("cls", [SophiaG, AdamW])
 @pytest.mark.parametrize(
     ("state", "finite", "message"),
@@ -133,7 +133,7 @@ def test_a_state_or_flag_of_another_kind_is_refused(cls, state, finite, message)
         optimizer.update(PARAMS, optimizer.init(PARAMS) if state is None else state, PARAMS, finite=finite)
 
 
-@pytest.mark.parametrize("cls", [SophiaG, AdamW, Lion])
+@pytest.mark.parametrize("cls", [SophiaG, AdamW])
 @pytest.mark.parametrize("value", [1.0, optax.clip_by_global_norm, optax.GradientTransformation, SophiaH()])
 def test_a_gradient_transform_of_another_kind_is_refused(cls, value):
     with pytest.raises(TypeError, match=r"^gradient_transform is "):
