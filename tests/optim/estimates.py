@@ -104,7 +104,6 @@ COLUMN_WEIGHTS = ANY_WEIGHTS[3:7]
 ELEMENT_WEIGHTS = np.outer(ANY_WEIGHTS, [1, 0, 0.5])
 # Likelihood, outputs, weights as given, S, the weight of each position; all with targets of the same model.
 LIKELIHOODS = {
-    "categorical": (Categorical(), outputs_fn, None, softmax_inner, None),
     "classes first": (Categorical(0), lambda m: m(INPUTS).T, MASK.astype(bool), softmax_inner, MASK),
     "named weights in another order": (
         Categorical("class"),
@@ -123,7 +122,6 @@ LIKELIHOODS = {
     "padded": (Categorical(num_classes=2), outputs_fn, None, lambda: softmax_inner(2), None),
     "bernoulli": (Bernoulli(), outputs_fn, None, lambda: sigmoid_inner() / 3, None),
     "bernoulli events": (Bernoulli(event_ndim=1), outputs_fn, ANY_WEIGHTS, sigmoid_inner, ANY_WEIGHTS),
-    "normal": (Normal(), outputs_fn, None, lambda: diagonal_inner(1 / 3), None),
     "normal weights of elements": (
         Normal(2.0),
         outputs_fn,

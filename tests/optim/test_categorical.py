@@ -82,10 +82,7 @@ def test_impossible_classes_are_never_drawn(classes):
 @pytest.mark.parametrize(
     ("logits", "label"),
     [
-        ([0.0, 1e4, -1e4], 1),
-        ([-1e30, -1e30, -1e4], 2),
         ([3e38, -3e38], 0),
-        ([-np.inf, -np.inf, 0.0], 2),
         ([-np.inf] * 200 + [5.0] + [-np.inf] * 200, 200),
         ([-200.0] * 299 + [0.0], 299),
     ],

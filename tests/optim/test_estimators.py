@@ -102,10 +102,9 @@ def test_probe(probe):
 
 
 @pytest.mark.parametrize(("estimator", "function"), ESTIMATORS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_estimates_are_at_least_float32(dtype, estimator, function):
-    half = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, MODEL)
-    x = jnp.asarray(INPUTS.reshape(2, 4, 3), dtype)
+def test_estimates_are_at_least_float32(estimator, function):
+    half = jax.tree.map(lambda x: x.astype("bfloat16") if eqx.is_inexact_array(x) else x, MODEL)
+    x = jnp.asarray(INPUTS.reshape(2, 4, 3), "bfloat16")
     for args in ((half,), (half, x)):
         estimate = eqx.filter_eval_shape(lambda *args: estimator(function, *args, key=KEY), *args)
         assert_like_the_model(estimate, half)
