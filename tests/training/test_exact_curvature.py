@@ -1,7 +1,6 @@
 """The curvature that a step estimates, against exact mathematics."""
 
 import dataclasses
-from functools import cache
 
 import equinox as eqx
 import haliax as hax
@@ -16,7 +15,7 @@ from test_step import TINY, gap, take_step, tiny_model, windows
 from sophia_levanter.batch import Batch, batch_from_sequences
 from sophia_levanter.config import model as model_config
 from sophia_levanter.models.gpt2 import Gpt2, Gpt2Config
-from sophia_levanter.optim import EmpiricalFisher, GaussNewtonBartlett, SophiaG, SophiaH
+from sophia_levanter.optim import EmpiricalFisher, SophiaG, SophiaH
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.step import StepSettings, TrainState, train_step
 
@@ -25,31 +24,11 @@ def flat(tree) -> jax.Array:
     return jax.flatten_util.ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
 
 
-def uneven_batch() -> Batch:
-    """Two microbatches of different numbers of targets."""
+def test_the_curvature_of_true_labels_is_that_of_the_training_gradient():
+    """B (mean gradient)^2 of each of two microbatches with different numbers of targets, by jax.grad."""
     weights = np.ones((4, TINY.seq_len), np.float32)
     weights[1, 3:] = 0
-    return batch_from_sequences(windows(4), weights, num_microbatches=2)
-
-
-@cache
-def curvature_of_true_labels(estimator, *, given: bool):
-    """The estimate on the uneven batch; `given` passes its targets as labels."""
-    optimizer, batch = SophiaG(b2=0.0, estimator=estimator), uneven_batch()
-    state = TrainState.init(tiny_model(), optimizer)
-    more = {"samples": batch.targets} if given else {}
-    return take_step(StepSettings(optimizer), batch, state, **more)[0].optimizer_state.curvature
-
-
-def test_the_targets_may_be_the_labels_of_the_curvature():
-    true_labels = curvature_of_true_labels(EmpiricalFisher(), given=False)
-    # Not bit for bit: where the labels are one array XLA shares their pass.
-    assert gap(true_labels, curvature_of_true_labels(GaussNewtonBartlett(), given=True)) < 1e-6
-
-
-def test_the_curvature_of_true_labels_is_that_of_the_training_gradient():
-    """B (mean gradient)^2 of each microbatch, by jax.grad."""
-    batch = uneven_batch()
+    batch = batch_from_sequences(windows(4), weights, num_microbatches=2)
     params, static = eqx.partition(tiny_model(), eqx.is_inexact_array)
     vector, unravel = jax.flatten_util.ravel_pytree(params)
 
@@ -65,8 +44,8 @@ def test_the_curvature_of_true_labels_is_that_of_the_training_gradient():
     assert sizes[0] != sizes[1]
     # Each microbatch's estimate is size * g^2; they are averaged by their sizes.
     squares = [size * (size * mean_gradient(vector, *part) ** 2) for size, part in zip(sizes, parts, strict=True)]
-    curvature = curvature_of_true_labels(EmpiricalFisher(), given=False)
-    assert gap(flat(curvature), sum(squares) / sum(sizes)) < 1e-5
+    state, _ = take_step(StepSettings(SophiaG(b2=0.0, estimator=EmpiricalFisher())), batch)
+    assert gap(flat(state.optimizer_state.curvature), sum(squares) / sum(sizes)) < 1e-5
 
 
 MICRO = Gpt2Config(
