@@ -57,8 +57,8 @@ def activations(model):
 
 
 @lru_cache(maxsize=8)
-def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False, steps=STEPS):
-    """The initial model, the state after some steps, and the last step's output.
+def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrices_alone=False):
+    """The states before the first step and after each, and the last step's output.
 
     There are two heads at any width, so that their size grows too. Embeddings change activations more than matrices do
     under some optimizers; with `matrices_alone` they keep their values.
@@ -84,10 +84,11 @@ def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrice
     step = eqx.filter_jit(partial(train_step, settings, settings.optimizer.refresh_due(0)))
     with partition.active():
         built = eqx.filter_jit(model.build)(vocab_size=VOCAB_SIZE, key=jax.random.key(0))
-        state = first_state(settings, built)
-        for _ in range(steps):
-            state, output = step(batch(), state)
-    return built, state, output
+        states = [first_state(settings, built)]
+        for _ in range(STEPS):
+            state, output = step(batch(), states[-1])
+            states.append(state)
+    return states, output
 
 
 def rms(x):
@@ -96,8 +97,8 @@ def rms(x):
 
 def changes(*args, **kwargs):
     """The root mean squares of what the steps change in the activations, and the last step's win rate."""
-    built, state, output = trained(*args, **kwargs)
-    pairs = zip(activations(state.model), activations(built), strict=True)
+    states, output = trained(*args, **kwargs)
+    pairs = zip(activations(states[-1].model), activations(states[0].model), strict=True)
     found = np.array([rms(after - before) for after, before in pairs])
     return found, float(output.metrics.get("optim/win_rate", np.nan))
 
@@ -105,7 +106,7 @@ def changes(*args, **kwargs):
 @pytest.mark.parametrize("name", ["sophia_g", pytest.param("sophia_h", marks=pytest.mark.slow)])
 def test_momentum_and_curvature_do_not_depend_on_the_width(name):
     """After one step they are the scaled gradient and the scaled estimate times constants."""
-    base, wide = (trained(name, width, steps=1)[1].optimizer_state for width in (WIDTH, 4 * WIDTH))
+    base, wide = (trained(name, width)[0][1].optimizer_state for width in (WIDTH, 4 * WIDTH))
     for field in ("momentum", "curvature"):
         leaves = (jax.tree_util.tree_leaves_with_path(getattr(state, field)) for state in (base, wide))
         for (path, small), (_, large) in zip(*leaves, strict=True):
@@ -123,7 +124,7 @@ def test_a_wider_model(name):
 def test_a_wider_model_in_the_standard_parametrization():
     """What blocks compute changes more. Embeddings change by the learning rate at any width."""
     wide, _ = changes("adamw", 4 * WIDTH, parametrization="standard")
-    assert np.all(wide[1:] > 2 * changes("adamw")[0][1:])
+    assert np.all(wide[1:] > 2 * changes("adamw", WIDTH)[0][1:])
 
 
 def spread(found):

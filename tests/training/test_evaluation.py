@@ -17,8 +17,7 @@ from sophia_levanter.training.evaluation import Evaluation, Evaluator, evaluate_
 CONFIG = Gpt2Config(num_layers=1, num_heads=2, embed_dim=8, seq_len=6, gradient_checkpointing="none")
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
+def test_the_mean_over_tokens_and_the_bits_over_bytes():
     model = eqx.filter_jit(Gpt2.init)(CONFIG, vocab_size=11, key=jax.random.key(0))
     model = eqx.tree_at(lambda m: m.wte.weight, model, model.wte.weight * 20)
     random = np.random.default_rng(1)
@@ -28,10 +27,8 @@ def test_the_mean_over_tokens_and_the_bits_over_bytes(devices):
     weights[6:] = 0
     byte_lengths = np.array([0, 1, 2, 3, 1, 1, 2, 1, 1, 4, 1])
     batches = [(windows[:4], weights[:4]), (windows[4:], weights[4:])]
-    evaluator = Evaluator(
-        batches, byte_lengths, partition_of(devices=jax.devices()[:devices]), jmp.get_policy("float32")
-    )
-    evaluation = evaluator(model)
+    partition = partition_of(devices=jax.devices()[:4])
+    evaluation = Evaluator(batches, byte_lengths, partition, jmp.get_policy("float32"))(model)
 
     logits_of = eqx.filter_jit(lambda m, tokens: m(tokens).rearrange(("batch", "position", "vocab")).array)
     logits = logits_of(model, hax.named(windows[:, :-1], ("batch", "position")))

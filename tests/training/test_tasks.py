@@ -86,16 +86,22 @@ def test_a_bad_file_is_one_line(task, text, problem, tmp_path):
 
 
 @jax.jit
-def log_softmax(model, tokens):
-    """float32 [position, token], of one text."""
+def log_softmax_of_row(model, tokens):
     logits = model(hax.named(tokens, "position")).rearrange(("position", "vocab")).array
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 
+def log_softmax(model, tokens):
+    """float32 [position, token], of one text. It does not see the zeros after it, which make all rows equally long."""
+    row = np.zeros(model.config.seq_len, np.int32)
+    row[: len(tokens)] = tokens
+    return np.asarray(log_softmax_of_row(model, row))[: len(tokens)]
+
+
 def log_probabilities(model, context, choice, seq_len):
-    """Token by token of the choice, of one text without padding, and whether each is the likeliest."""
+    """Token by token of the choice, of one text, and whether each is the likeliest."""
     tokens = list((context + choice).encode())[-(seq_len + 1) :]
-    logs = np.asarray(log_softmax(model, jnp.asarray(tokens[:-1])))
+    logs = log_softmax(model, tokens[:-1])
     places = range(len(tokens) - 1 - min(len(choice), seq_len), len(tokens) - 1)
     return [float(logs[i, tokens[i + 1]]) for i in places], all(int(logs[i].argmax()) == tokens[i + 1] for i in places)
 
@@ -123,7 +129,7 @@ def test_scores_are_those_of_each_text_by_itself(make_model):
 
 def test_last_words(make_model):
     model, partition = make_model(vocab_size=257, seq_len=24), partition_of(devices=jax.devices()[:1])
-    likely = log_softmax(model, jnp.asarray(list(b"He said")))[-1].argmax()
+    likely = log_softmax(model, list(b"He said"))[-1].argmax()
     contexts = ["He said", "Nobody ever knew what it was that she had", ""]
     items = [
         Item(context, (word,)) for context, word in zip(contexts, (chr(int(likely) % 128), " seen", "a"), strict=True)
@@ -134,7 +140,7 @@ def test_last_words(make_model):
         strict=True,
     )
     # Without a context, end-of-text is before the first token.
-    ended = log_softmax(model, jnp.asarray([256]))[0, ord("a")]
+    ended = log_softmax(model, [256])[0, ord("a")]
     sums = [sum(logs[0]), sum(logs[1]), float(ended)]
     assert found.perplexity == pytest.approx(math.exp(-np.mean(sums)), rel=1e-4)
     assert found.accuracy >= sum(greedy[:2]) / 3 and found.normalized_accuracy is None
