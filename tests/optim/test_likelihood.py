@@ -31,7 +31,7 @@ def in_order(array, names, wanted):
     return hax.named(jnp.asarray(array), names).rearrange(wanted)
 
 
-@pytest.mark.parametrize("axis", [-1, 2, 0, -3, 1, -2])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
 def test_categorical_loss_over_any_position_of_the_classes(axis):
     losses = Categorical(axis).loss(np.moveaxis(LOGITS, -1, axis), LABELS)
     np.testing.assert_allclose(losses, cross_entropy(), rtol=1e-5)
@@ -144,9 +144,8 @@ def test_normal_draws_from_the_normal_distribution_independently(variance):
 @pytest.mark.parametrize(
     ("likelihood", "targets"), [(Categorical(), LABELS), (Bernoulli(), YES), (Normal(VARIANCES), NUMBERS)]
 )
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_outputs_are_scored_and_drawn_in_float32(likelihood, targets, dtype):
-    half = jnp.asarray(LOGITS, dtype)
+def test_half_precision_outputs_are_scored_and_drawn_in_float32(likelihood, targets):
+    half = jnp.asarray(LOGITS, jnp.bfloat16)
     single = jnp.asarray(half, jnp.float32)
     losses = likelihood.loss(half, targets)
     assert losses.dtype == jnp.float32
@@ -182,13 +181,10 @@ def named(array=LOGITS, names=NAMES):
     ("outputs", "axis", "message"),
     [
         (LOGITS, 3, r"shape \(2, 4, 3\) and no class axis 3;"),
-        (LOGITS, -4, "and no class axis -4;"),
         (jnp.float32(0.5), -1, r"shape \(\) and no class axis -1; .* not a loss"),
         (LOGITS, "class", "class axis is 'class', but the logits have no named axes; specify its position"),
         (named(), "vocab", "the logits have no axis 'vocab'; their axes are batch, position, class"),
-        (named(), 3, "the logits have no axis 3; their axes are batch, position, class"),
         (named(np.float32(0), ()), -1, "the logits have no axis -1; their axes are none"),
-        (named(np.float32(0), ()), "vocab", "the logits have no axis 'vocab'"),
     ],
 )
 def test_logits_without_the_class_axis_are_refused(outputs, axis, message):
@@ -236,14 +232,9 @@ def test_classes_must_be_integers(dtype):
     ("likelihood", "targets"),
     [
         (Categorical(), LABELS[..., None]),
-        (Categorical(), LABELS[:1]),
         (Categorical(0), LABELS),
-        (Categorical(), np.int32(1)),
-        (Bernoulli(), YES[..., :1]),
         (Bernoulli(event_ndim=1), YES[..., 0]),
         (Normal(), NUMBERS[..., None]),
-        (Normal(), np.float32(0)),
-        (Normal(event_ndim=2), NUMBERS[0]),
     ],
 )
 def test_targets_are_not_broadcast(likelihood, targets):
@@ -261,15 +252,16 @@ def test_named_targets_with_other_axes_are_refused(likelihood, targets):
         likelihood.loss(named(), targets)
 
 
-@pytest.mark.parametrize("variance", [0, -1.0, np.nan, np.asarray([1, 0.0]), jnp.asarray([-1.0]), np.inf])
-def test_variance_must_be_positive(variance):
-    with pytest.raises(ValueError, match=r"variance is .*; it must be in \(0, inf\)"):
-        Normal(variance)
-
-
-@pytest.mark.parametrize("variance", ["1", None, lambda step: 1.0, True])
-def test_variance_must_be_a_number(variance):
-    with pytest.raises(TypeError, match=r"variance is .* must be a number"):
+@pytest.mark.parametrize(
+    ("variance", "error", "message"),
+    [
+        (0, ValueError, r"in \(0, inf\)"),
+        (np.asarray([1, 0.0]), ValueError, r"in \(0, inf\)"),
+        ("1", TypeError, "a number"),
+    ],
+)
+def test_variance_must_be_a_positive_number(variance, error, message):
+    with pytest.raises(error, match=rf"variance is .*; it must be {message}"):
         Normal(variance)
 
 
