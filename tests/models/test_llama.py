@@ -1,6 +1,5 @@
 """The Llama-style model against transformers' Llama and Qwen3."""
 
-import json
 from pathlib import Path
 
 import equinox as eqx
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import Golden
 from haliax import Axis
 
-from sophia_levanter.batch import Batch
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import LlamaConfig
@@ -25,27 +24,13 @@ from sophia_levanter.optim._matrices import matrices_tree
 from sophia_levanter.optim._trees import decay_mask_tree, trainable
 
 
-def named(array):
-    return hax.named(jnp.asarray(array), ("batch", "position"))
-
-
-class Golden:
-    """A model with transformers' weights, and what transformers computed."""
-
-    def __init__(self, arrays):
-        self.arrays = arrays
-        values = json.loads(str(arrays["config"]))
-        file = Path("config.json")
-        fields = architecture_of_type(file, values["model_type"]).fields(Description(file, values))
-        self.fields = fields | {"seq_len": 40, "gradient_checkpointing": "none"}
-        tokens = arrays["input_ids"].astype(np.int32)
-        weights = np.ones(tokens.shape, np.float32)
-        weights[:, -1] = 0
-        self.batch = Batch(named(tokens), named(np.roll(tokens, -1, axis=1)), named(weights))
-
-    def model(self, **changes):
-        weights = {n.removeprefix("weight/"): self.arrays[n] for n in self.arrays if n.startswith("weight/")}
-        return jax.tree.map(jnp.asarray, model_on_host(LlamaConfig(**(self.fields | changes)), weights))
+def model_of(transformers, **changes):
+    """The model with transformers' weights."""
+    file = Path("config.json")
+    architecture = architecture_of_type(file, transformers.config["model_type"])
+    fields = architecture.fields(Description(file, transformers.config))
+    config = LlamaConfig(**(fields | {"seq_len": 40, "gradient_checkpointing": "none"} | changes))
+    return jax.tree.map(jnp.asarray, model_on_host(config, transformers.weights))
 
 
 @pytest.fixture(params=["llama_forward", "qwen3_forward"])
@@ -56,27 +41,22 @@ def transformers(request, golden):
 def test_logits_are_those_of_transformers(transformers):
     """With one implementation of attention; on CPUs the gradients have the other."""
     logits = eqx.filter_jit(lambda m, tokens: m(tokens).array)(
-        transformers.model(attention="xla"), transformers.batch.tokens
+        model_of(transformers, attention="xla"), transformers.batch.tokens
     )
     # float32's rounding of logits up to 9; GPT-2's golden logits, up to 1.3, are held to 1e-5.
     np.testing.assert_allclose(logits, transformers.arrays["logits"], rtol=0, atol=2e-5)
 
 
 def test_loss_and_gradients_are_those_of_transformers(transformers):
-    model = transformers.model(attention="blocked", loss_block_size=16, gradient_checkpointing="full")
+    model = model_of(transformers, attention="blocked", loss_block_size=16, gradient_checkpointing="full")
     loss, grads = eqx.filter_jit(eqx.filter_value_and_grad(lambda m, batch: m.losses(batch)[0]))(
         model, transformers.batch
     )
-    targets = float(transformers.batch.weights.array.sum())
-    assert float(loss) / targets == pytest.approx(float(transformers.arrays["loss"]), rel=1e-6)
-    found = to_state_dict(grads)
-    assert {f"grad/{name}" for name in found} == {name for name in transformers.arrays if name.startswith("grad/")}
-    for name, grad in found.items():
-        np.testing.assert_allclose(grad / targets, transformers.arrays[f"grad/{name}"], rtol=0, atol=1e-5, err_msg=name)
+    transformers.check(loss, to_state_dict(grads))
 
 
 def test_weights_come_back(transformers):
-    arrays = to_state_dict(transformers.model())
+    arrays = to_state_dict(model_of(transformers))
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, transformers.arrays[f"weight/{name}"], err_msg=name)
 
