@@ -12,7 +12,6 @@ from jax.extend.core import jaxprs_in_params
 import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.optim import (
     Bernoulli,
-    Categorical,
     EmpiricalFisher,
     GaussNewtonBartlett,
     Hutchinson,
@@ -125,28 +124,6 @@ def test_all_three_in_one_pass(estimator, targets, loss):
     (value, *trees), (wanted, *wanted_trees) = found_and_wanted(MODEL)
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     assert_same(trees, wanted_trees)
-
-
-def test_named_arrays():
-    w = hax.named(normal(2, 3), ("feature", "class"))
-    estimator = GaussNewtonBartlett(Categorical("class"))
-
-    def named_losses(w, part, key):
-        x, labels, weights = part
-        return estimator.losses(hax.dot(x, w, axis="feature"), labels, key=key, weights=weights)
-
-    axes = ("microbatch", "row", "feature")
-    batch = tuple(hax.named(array, axes[: array.ndim]) for array in BATCH)
-
-    def plain_losses(w, part, key):
-        return losses_fn(lambda x: x @ w, part, key)
-
-    named = jax.jit(lambda w: passes(named_losses, w, batch, curvature_microbatches=2))(w)
-    plain = jax.jit(lambda w: passes(plain_losses, w, BATCH, curvature_microbatches=2))(w.array)
-    np.testing.assert_allclose(named[0], plain[0], rtol=1e-6)
-    for ours, theirs in zip(named[1:], plain[1:], strict=True):
-        assert ours.axes == w.axes
-        np.testing.assert_allclose(ours.array, theirs, rtol=1e-5, atol=1e-7)
 
 
 def count(jaxpr, primitive):
