@@ -1,4 +1,4 @@
-"""Likelihoods' losses and samples against other implementations; their curvature is in test_estimator_means.py."""
+"""Likelihoods' losses against other implementations; test_estimator_means.py has their samples and curvature."""
 
 import haliax as hax
 import jax
@@ -12,7 +12,6 @@ import scipy.stats
 from sophia_levanter.optim import Bernoulli, Categorical, Normal
 
 KEY = jax.random.key(0)
-DRAWS = 20_000
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(scale=2, size=(2, 4, 3)).astype(np.float32)
 LABELS = RNG.integers(0, 3, (2, 4))
@@ -59,22 +58,6 @@ def test_padded_classes_are_left_out():
     assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("axis", [-1, 0, "class"])
-def test_classes_are_drawn_from_the_softmax_independently(axis):
-    logits = np.broadcast_to(LOGITS, (DRAWS // 4, *LOGITS.shape))
-    if isinstance(axis, str):
-        given = in_order(logits, ("draw", *NAMES), ("draw", "class", "position", "batch"))
-        drawn = np.swapaxes(Categorical(axis).sample(given, key=KEY), 1, 2)
-    else:
-        drawn = np.asarray(Categorical(axis).sample(np.moveaxis(logits, -1, axis), key=KEY))
-    assert (drawn.shape, drawn.dtype) == (logits.shape[:-1], np.int32)
-    p = scipy.special.softmax(LOGITS.astype(np.float64), axis=-1)
-    seen = np.mean(drawn[..., None] == np.arange(3), axis=0)
-    assert np.all(np.abs(seen - p) < 5 * np.sqrt(p * (1 - p) / len(drawn)))
-    both = np.mean((drawn[:, 0, 0] == 0) & (drawn[:, 1, 3] == 0))
-    assert abs(both - p[0, 0, 0] * p[1, 3, 0]) < 2.5 / np.sqrt(len(drawn))
-
-
 def test_bernoulli_loss():
     losses = Bernoulli().loss(LOGITS, YES)
     np.testing.assert_allclose(
@@ -94,15 +77,16 @@ def test_bernoulli_loss_of_extreme_logits():
     assert pull(jnp.ones(4))[0].tolist() == [0, 0, 1, -1]
 
 
-@pytest.mark.parametrize("variance", [1.0, 3, 0.25, VARIANCES, VARIANCES.reshape(1, 1, 3), jnp.float32(2)])
-def test_normal_loss(variance):
+@pytest.mark.parametrize(
+    ("likelihood", "variance"),
+    [(Normal(), 1.0), (Normal(3), 3), (Normal(VARIANCES), VARIANCES), (Normal(jnp.float32(2)), 2)],
+)
+def test_normal_loss(likelihood, variance):
     wanted = -scipy.stats.norm.logpdf(NUMBERS, LOGITS, np.sqrt(variance))
-    np.testing.assert_allclose(Normal(variance).loss(LOGITS, NUMBERS), wanted, rtol=1e-5)
-    if np.ndim(variance) == 0 and variance == 1:
-        np.testing.assert_allclose(Normal().loss(LOGITS, NUMBERS), wanted, rtol=1e-5)
+    np.testing.assert_allclose(likelihood.loss(LOGITS, NUMBERS), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("event_ndim", [0, 1, 2, 3])
+@pytest.mark.parametrize("event_ndim", [1, 2, 3])
 @pytest.mark.parametrize("likelihood", [Bernoulli, Normal])
 def test_event_axes_are_summed(likelihood, event_ndim):
     single, summed = likelihood(), likelihood(event_ndim=event_ndim)
@@ -121,21 +105,10 @@ def test_named_targets_are_brought_into_the_order_of_the_outputs(likelihood):
     np.testing.assert_array_equal(likelihood.loss(outputs, YES), likelihood.loss(LOGITS, YES))
 
 
-def test_bernoulli_draws_yes_with_its_probability_independently():
-    drawn = np.asarray(Bernoulli().sample(np.broadcast_to(LOGITS, (DRAWS, *LOGITS.shape)), key=KEY))
+def test_normal_draws_from_the_normal_distribution_independently():
+    drawn = np.asarray(Normal(VARIANCES).sample(np.broadcast_to(LOGITS, (5000, *LOGITS.shape)), key=KEY))
     assert drawn.dtype == np.float32
-    assert np.unique(drawn).tolist() == [0, 1]
-    p = scipy.special.expit(LOGITS.astype(np.float64))
-    assert np.all(np.abs(drawn.mean(0) - p) < 5 * np.sqrt(p * (1 - p) / DRAWS))
-    correlations = np.corrcoef(drawn.reshape(DRAWS, -1), rowvar=False)
-    assert np.abs(correlations - np.eye(24)).max() < 5 / np.sqrt(DRAWS)
-
-
-@pytest.mark.parametrize("variance", [1.0, 4, VARIANCES])
-def test_normal_draws_from_the_normal_distribution_independently(variance):
-    drawn = np.asarray(Normal(variance).sample(np.broadcast_to(LOGITS, (DRAWS // 4, *LOGITS.shape)), key=KEY))
-    assert drawn.dtype == np.float32
-    standard = ((drawn - LOGITS) / np.sqrt(variance)).reshape(len(drawn), -1)
+    standard = ((drawn - LOGITS) / np.sqrt(VARIANCES)).reshape(len(drawn), -1)
     assert min(scipy.stats.kstest(column, "norm").pvalue for column in standard.T) > 1e-4
     correlations = np.corrcoef(standard, rowvar=False)
     assert np.abs(correlations - np.eye(24)).max() < 5 / np.sqrt(len(drawn))
