@@ -104,11 +104,6 @@ def test_matrices_may_be_a_function_a_tree_or_a_prefix():
     ("matrices", "error", "message"),
     [
         ({"w": None}, ValueError, r"^matrices does not match the parameters: it has no entry for \['b'\]$"),
-        (
-            {"w": None, "b": None, "c": MuonDimensionNumbers()},
-            ValueError,
-            r"^matrices does not match the parameters: \['c'\] is not a parameter$",
-        ),
         ({"w": True, "b": None}, TypeError, r"^matrices\['w'\] is True; it must be a MuonDimensionNumbers or None$"),
         (MuonDimensionNumbers(), ValueError, r"^matrices\['b'\] is .*; it must specify distinct axes of .* \(2,\)$"),
         ({"w": MuonDimensionNumbers(0, 3), "b": None}, ValueError, r"^matrices\['w'\] is .* \(2, 3\)$"),

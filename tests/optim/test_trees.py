@@ -59,13 +59,6 @@ def test_mask_function_that_is_a_module(or_more, wanted):
     assert jax.tree.leaves(decay_mask_tree(WithDimensions(1, or_more), trainable(layer()))) == wanted
 
 
-@pytest.mark.parametrize("of", [trainable(layer()), layer()], ids=["parameters", "whole model"])
-def test_mask_tree_that_is_a_callable_module_is_a_tree(of):
-    mask = is_matrix(of)
-    assert callable(mask)
-    assert jax.tree.leaves(decay_mask_tree(mask, trainable(layer()))) == [True, False]
-
-
 def test_mask_over_a_whole_model_with_functions_and_numbers():
     model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
     mask = jax.tree.map(lambda leaf: eqx.is_array(leaf) and leaf.ndim > 1, model)
