@@ -176,6 +176,7 @@ def test_bad_prompts(make_model, prompt, message):
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )
 def test_bad_numbers(arguments, message):

@@ -157,6 +157,7 @@ def named(array=LOGITS, names=NAMES):
         (jnp.float32(0.5), -1, r"shape \(\) and no class axis -1; .* not a loss"),
         (LOGITS, "class", "class axis is 'class', but the logits have no named axes; specify its position"),
         (named(), "vocab", "the logits have no axis 'vocab'; their axes are batch, position, class"),
+        (named(), 3, "the logits have no axis 3; their axes are batch, position, class"),
         (named(np.float32(0), ()), -1, "the logits have no axis -1; their axes are none"),
     ],
 )
@@ -229,7 +230,7 @@ def test_named_targets_with_other_axes_are_refused(likelihood, targets):
     ("variance", "error", "message"),
     [
         (0, ValueError, r"in \(0, inf\)"),
-        (np.asarray([1, 0.0]), ValueError, r"in \(0, inf\)"),
+        (np.inf, ValueError, r"in \(0, inf\)"),
         ("1", TypeError, "a number"),
     ],
 )

@@ -67,6 +67,7 @@ def test_microbatches_that_divide_over_the_devices(size):
         ),
         (ROWS, {"microbatch_size": 2, "num_devices": 0}, "num_devices is 0; it must be an integer of at least 1"),
         (ROWS, {"microbatch_size": 2, "fraction": 0}, r"fraction is 0; it must be in \(0, 1\]"),
+        (ROWS, {"microbatch_size": 2, "fraction": 1.5}, r"fraction is 1.5; it must be in \(0, 1\]"),
         (ROWS, {"microbatch_size": 2, "fraction": np.nan}, r"fraction is nan; it must be in \(0, 1\]"),
         ({"x": ROWS, "y": ROWS[:4]}, {"microbatch_size": 2}, r"\[4, 12\] rows; all must have the same number of rows"),
         ({"x": ROWS, "n": np.int32(3)}, {"microbatch_size": 2}, "the batch contains a scalar"),

@@ -91,6 +91,13 @@ def test_a_step_that_waits_for_its_batch_is_counted(seconds, is_ready, stalls, m
     assert loop.data_stalls == stalls
 
 
+def test_the_step_that_refreshes_or_measures_or_both():
+    measuring = CompiledSteps(2, None, "measured", "refreshing and measured")
+    steps = CompiledSteps(2, None, "plain", "refreshing", measuring)
+    assert [steps.at(refresh, False) for refresh in (False, True)] == ["plain", "refreshing"]
+    assert [steps.at(refresh, True) for refresh in (False, True)] == ["measured", "refreshing and measured"]
+
+
 def test_a_refresh_that_came_to_nothing_is_tried_again_at_the_next_step():
     refreshes = []
 

@@ -59,6 +59,8 @@ def test_a_trace_is_written_when_a_run_ends_within_it(tmp_path):
         ("10", "trainer.profile_steps is '10'; it must be FIRST:END with FIRST < END, such as 10:15"),
         ("", "trainer.profile_steps is empty; omit it to use the default"),
         ("7:7", "trainer.profile_steps is '7:7'; it must be"),
+        ("-3:2", "trainer.profile_steps is '-3:2'; it must be"),
+        ("1:2:3", "trainer.profile_steps is '1:2:3'; it must be"),
         ("10:15", "trainer.profile_steps is 10:15, but trainer.num_train_steps is 12"),
     ],
 )
