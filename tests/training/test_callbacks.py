@@ -7,7 +7,6 @@ from unittest.mock import MagicMock
 
 import jax.numpy as jnp
 import pytest
-import yaml
 
 from sophia_levanter import checkpoint
 from sophia_levanter.config import TrainConfig
@@ -79,12 +78,9 @@ def test_what_is_not_a_callback_is_refused(value, message, registered):
 
 
 @pytest.fixture
-def config_file(config_file):
-    """The tiny run with AdamW, which has one kind of step."""
-    config = yaml.safe_load(config_file.read_text())
-    config["optimizer"] = {"type": "adamw", "learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup": 2}
-    config_file.write_text(yaml.safe_dump(config))
-    return config_file
+def words(config_file, tmp_path):
+    """The command line of a tiny run with AdamW."""
+    return ["--config", str(config_file), "--optimizer.type", "adamw", "--trainer.run_dir", str(tmp_path / "run")]
 
 
 class Recorder(Callback):
@@ -122,11 +118,10 @@ class Recorder(Callback):
         self.note("end")
 
 
-def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, capfd, monkeypatch):
+def test_a_callback_is_called_through_a_run(registered, words, tmp_path, capfd, monkeypatch):
     registered("own", Recorder)
     monkeypatch.setattr(Recorder, "fails", ("end",))
-    argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
-    assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 0
+    assert main([*words, "--trainer.callbacks", "own"]) == 0
     assert "WARNING: trainer.callbacks: own failed in on_end: KeyError: 'missing'" in capfd.readouterr().out
     steps = list(range(12))
     by_kind = {kind: [call[1] for call in Recorder.calls if call[0] == kind] for kind, *_ in Recorder.calls[:-1]}
@@ -137,9 +132,9 @@ def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, c
     losses = {name: [line[name] for line in lines if name in line] for name in ("own/loss", "validation/loss")}
     assert losses["own/loss"] == losses["validation/loss"] and len(losses["own/loss"]) == 2
     # Neither a callback that is left out nor one that is gone makes it another run.
-    run, last = ["--trainer.run_dir", str(tmp_path / "run")], tmp_path / "run" / "checkpoints" / "step-00000012"
+    last = tmp_path / "run" / "checkpoints" / "step-00000012"
     shutil.rmtree(last)
-    assert main(["--config", str(config_file), *argv[4:], *run, "--resume", "auto"]) == 0
+    assert main([*words, "--resume", "auto"]) == 0
     shutil.rmtree(last)
     monkeypatch.delitem(CALLBACKS, "own")
     assert main(["--resume", str(tmp_path / "run"), "--trainer.callbacks", "[]"]) == 0
@@ -147,13 +142,10 @@ def test_a_callback_is_called_through_a_run(registered, config_file, tmp_path, c
 
 
 @pytest.mark.parametrize(("call", "method"), [(("pause", 5), "on_pause"), (("evaluation", 6), "on_evaluation")])
-def test_a_state_is_saved_before_a_callback_ends_the_run(
-    call, method, registered, config_file, tmp_path, capfd, monkeypatch
-):
+def test_a_state_is_saved_before_a_callback_ends_the_run(call, method, registered, words, tmp_path, capfd, monkeypatch):
     registered("own", Recorder)
     monkeypatch.setattr(Recorder, "fails", call)
-    argv = ["--config", str(config_file), "--trainer.callbacks", "own", "--trainer.evaluate_every", "6"]
-    assert main([*argv, "--trainer.run_dir", str(tmp_path / "run")]) == 2
+    assert main([*words, "--trainer.callbacks", "own"]) == 2
     assert f"error: trainer.callbacks: own failed in {method}: KeyError: 'missing'" in capfd.readouterr().err
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == call[1]
     assert Recorder.calls[-1] == ("end",)
