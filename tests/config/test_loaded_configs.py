@@ -58,10 +58,6 @@ def test_separators(write, text, separator):
     assert load_config(write(""), [("data.document_separator", separator or "null")]).data == config.data
 
 
-def test_sophia_g_is_the_type_of_an_optimizer_section_without_one(write):
-    assert load_config(write("optimizer: {rho: 0.03}")).optimizer == SophiaGConfig(rho=0.03)
-
-
 def test_defaults_merge_deeply_in_order(write):
     write("model: {num_layers: 1, seq_len: 8}\noptimizer: {rho: 0.1, interval: 3}\n", "base/first.yaml")
     write("defaults: [first.yaml]\nmodel: {num_layers: 2}\n", "base/second.yaml")
@@ -142,7 +138,6 @@ def test_files_that_are_not_strict_yaml(write, text, problem):
     ("text", "key", "suggestion"),
     [
         ("optimizer: {roh: 1}", "optimizer.roh", "did you mean optimizer.rho?"),
-        ("optimizer: {learning_rat: 1}", "optimizer.learning_rat", "did you mean optimizer.learning_rate?"),
         ("optimiser: {rho: 1}", "optimiser.rho", "did you mean optimizer.rho?"),
         ("trainer: {learning_rate: 1}", "trainer.learning_rate", "did you mean optimizer.learning_rate?"),
         ("seq_len: 3", "seq_len", "did you mean model.seq_len?"),
@@ -175,34 +170,25 @@ def test_unknown_key_names_the_file_it_stands_in(write):
     ("text", "problem"),
     [
         ("trainer: {num_train_steps: abc}", "trainer.num_train_steps is 'abc'; it must be an integer"),
-        ("trainer: {num_train_steps: 1.5}", "trainer.num_train_steps is 1.5; it must be an integer"),
         ("trainer: {num_train_steps: 1e5}", "trainer.num_train_steps is 100000.0; it must be an integer"),
         ("trainer: {num_train_steps: true}", "trainer.num_train_steps is true; it must be an integer"),
-        ("trainer: {num_train_steps: '7'}", "trainer.num_train_steps is '7'; it must be an integer"),
         ("trainer: {num_train_steps: null}", "trainer.num_train_steps is null; it must be an integer"),
-        ("trainer: {num_train_steps: [1]}", "trainer.num_train_steps is a list; it must be an integer"),
         ("trainer: {num_train_steps: {a: 1}}", "trainer.num_train_steps is a mapping; it must be an integer"),
-        ("trainer: {num_train_steps: {a: {b: 1}}}", "trainer.num_train_steps is a mapping; it must be an integer"),
         ("trainer: {num_train_steps: {}}", "trainer.num_train_steps is a mapping; it must be an integer"),
         ("trainer: {microbatch_size: x}", "trainer.microbatch_size is 'x'; it must be an integer or null"),
-        ("optimizer: {rho: x}", "optimizer.rho is 'x'; it must be a finite number or auto"),
         ("optimizer: {rho: true}", "optimizer.rho is true; it must be a finite number or auto"),
-        ("optimizer: {rho: .nan}", "optimizer.rho is '.nan'; it must be a finite number or auto"),
         ("optimizer: {rho: 1e999}", "optimizer.rho is inf; it must be a finite number or auto"),
         ("optimizer: {rho: 1" + "0" * 400 + "}", "optimizer.rho is inf; it must be a finite number or auto"),
         ("model: {use_bias: yes}", "model.use_bias is 'yes'; it must be true or false"),
-        ("model: {use_bias: 1}", "model.use_bias is 1; it must be true or false"),
         ("data: {text_field: 12}", "data.text_field is 12; it must be a string; quote it"),
         ("data: {validation: [a.txt]}", "data.validation is a list; it must be a string or null"),
         ("data: {validation: 1.5}", "data.validation is 1.5; it must be a string or null; quote it"),
         ("model: 3", "model is 3; it must be a mapping of fields"),
-        ("model: [num_layers]", "model is a list; it must be a mapping of fields"),
         (
             "optimizer: {schedule: cosin}",
             "optimizer.schedule.type is 'cosin'; it must be one of cosine, linear, constant, wsd, inverse_sqrt",
         ),
         ("optimizer: adamw2", f"optimizer.type is 'adamw2'; {TYPES}"),
-        ("optimizer: {type: sgd}", f"optimizer.type is 'sgd'; {TYPES}"),
         ("optimizer: {type: [a]}", f"optimizer.type is a list; {TYPES}"),
     ],
 )
@@ -215,9 +201,6 @@ def test_errors_of_a_dataclass_pass_unchanged(write):
     with pytest.raises(InputError) as direct:
         Gpt2Config(num_heads=7)
     assert load_error(write("model: {num_heads: 7}")) == str(direct.value)
-    assert load_error(write("optimizer: {rho: -1}")) == "optimizer.rho is -1.0; it must be above 0"
-    text = "optimizer: {warmup: 20}\ntrainer: {num_train_steps: 10}"
-    assert "optimizer.warmup 20 exceeds" in load_error(write(text))
 
 
 @pytest.mark.parametrize(
@@ -268,11 +251,8 @@ def test_a_mixture_of_texts(tmp_path: Path) -> None:
         ("[{source: a, wieght: 2}]", "data.train[0].wieght is unknown; valid fields are source, weight"),
         ("[{weight: 2}]", "data.train[0].source is missing; valid fields are source, weight"),
         ("[{source: a, weight: x}]", "data.train[0].weight is 'x'; it must be a finite number"),
-        ("[{source: a, weight: 0}]", "data.train.weight is 0.0; it must be above 0"),
-        ("[{source: ''}]", "data.train.source is empty; specify a file, hub:NAME or another source"),
         ("[]", "data.train is empty"),
         ("{source: a}", "data.train is a mapping; it must be a string"),
-        ("7", "data.train is 7; it must be a string"),
     ],
 )
 def test_mixtures_that_are_none(tmp_path: Path, train: str, expected: str) -> None:
@@ -299,12 +279,7 @@ def test_changes_of_the_batch_size(tmp_path: Path) -> None:
     ("trainer", "expected"),
     [
         ("batch_size_changes: 5", "trainer.batch_size_changes is 5; it must be a list"),
-        ("batch_size_changes: null", "trainer.batch_size_changes is null; it must be a list"),
-        ("batch_size_changes: [5]", "trainer.batch_size_changes[0] is 5; it must be a mapping"),
         ("batch_size_changes: [{step: 0, batch_size: 2}]", "batch_size_changes.step is 0; it must be at least 1"),
-        ("batch_size_changes: [{step: 1, batch_size: 0}]", "batch_size_changes.batch_size is 0; it must be"),
-        ("batch_size_changes: [{step: 1, batch_size: 2.5}]", "batch_size is 2.5; it must be an int"),
-        ("batch_size_changes: [{step: 1}]", "batch_size_changes[0].batch_size is missing"),
         (
             "batch_size_changes: [{step: 2, batch_size: 4}, {step: 2, batch_size: 8}]",
             "batch_size_changes has steps [2, 2]; steps must be strictly increasing",
