@@ -40,19 +40,12 @@ def test_sizes(settings, devices, sizes):
             8,
             r"^mesh: data 2 x model 3 requires 6 devices, but there are 8; use mesh.data 4 with mesh.model 2",
         ),
-        ({"model": 16}, 8, r"^mesh: model 16 requires 16 devices, but there are 8; use mesh.data 1 with mesh.model 8$"),
-        (
-            {"replica": 5},
-            4,
-            r"^mesh: replica 5 requires 5 devices, but there are 4; use mesh.data 1 with mesh.replica 4$",
-        ),
         ({"model": 2, "replica": 3}, 4, "mesh.data 1 with mesh.model 2 and mesh.replica 2$"),
         (
             {"coordinator": "host:1", "num_processes": 16, "process_id": 0},
             8,
             "^mesh.num_processes is 16, but there are only 8 devices; each process requires at least one$",
         ),
-        ({"data": 2}, 1, r"^mesh: data 2 requires 2 devices, but there are 1; use mesh.data 1$"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, devices, message):
@@ -64,11 +57,8 @@ def test_sizes_that_do_not_fit(settings, devices, message):
     ("settings", "message"),
     [
         ({"data": 0}, "^mesh.data is 0; it must be at least 1, or -1 for all remaining devices$"),
-        ({"data": -2}, "^mesh.data is -2; it must be at least 1"),
         ({"model": -1}, "^mesh.model is -1; it must be at least 1$"),
         ({"fsdp": "width"}, "^mesh.fsdp is 'width'; it must be one of embed, mlp, heads, vocab, layers, or null$"),
-        ({"heads": "data"}, "^mesh.heads is 'data'; it must be model or null$"),
-        ({"position": "model"}, "^mesh.position is 'model'; it must be sequence or null$"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -194,12 +184,8 @@ def test_one_of_several_processes_that_do_not_meet_is_refused(launcher):
         check_launcher(MeshConfig(), environment)
 
 
-@pytest.mark.parametrize("launcher", STARTED_SEVERAL_TIMES)
-@pytest.mark.parametrize("coordinator", ["auto", "host:80"])
-def test_processes_that_meet_are_welcome(launcher, coordinator):
-    _, environment = STARTED_SEVERAL_TIMES[launcher]
-    numbers = {} if coordinator == "auto" else {"num_processes": 2, "process_id": 0}
-    check_launcher(MeshConfig(coordinator=coordinator, **numbers), environment)
+def test_processes_that_meet_are_welcome():
+    check_launcher(MeshConfig(coordinator="auto"), SLURM_TASK)
 
 
 ONE_PROCESS = {
@@ -208,9 +194,6 @@ ONE_PROCESS = {
     # The shell of salloc may be a step of one task in an allocation for several.
     "salloc shell": SLURM_TASK | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
     "srun": SLURM_TASK | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
-    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-    "MPICH": {"PMI_SIZE": "1", "PMI_RANK": "0"},
-    "torchrun": {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
     "a size without a rank": {"WORLD_SIZE": "8"},
     "a size that is not a number": {"WORLD_SIZE": "large", "RANK": "0", "LOCAL_RANK": "0"},
 }

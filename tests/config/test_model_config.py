@@ -26,19 +26,6 @@ def test_rows_of_the_embedding():
     check_parameters(config, 1, 256)
 
 
-def test_axes():
-    config = Gpt2Config(num_layers=3, num_heads=4, embed_dim=32, seq_len=16, mlp_ratio=2)
-    axes = [config.Embed, config.Heads, config.HeadSize, config.Layers, config.Mlp, config.Pos]
-    assert {axis.name: axis.size for axis in axes} == {
-        "embed": 32,
-        "heads": 4,
-        "head_size": 8,
-        "layers": 3,
-        "mlp": 64,
-        "position": 16,
-    }
-
-
 @pytest.mark.parametrize(
     ("platform", "dtype", "positions", "head_size", "split", "chosen"),
     [
@@ -115,16 +102,3 @@ def test_cudnn_masks_no_documents():
         match=r"^model.attention is 'cudnn', which does not support document masking \(data.mask_documents\);",
     ):
         attention_for("cudnn", Requirements("gpu", *given, documents=True))
-
-
-@pytest.mark.parametrize("name", ["num_layers", "num_heads", "embed_dim", "seq_len"])
-def test_sizes_that_no_machine_has(name):
-    with pytest.raises(InputError, match=rf"^model.{name} is 1048577; it must be between 1 and 1048576$"):
-        Gpt2Config(**{name: 2**20 + 1})
-
-
-def test_no_attention():
-    with pytest.raises(
-        InputError, match=r"^model.attention is 'flash'; it must be one of auto, blocked, xla, cudnn, splash$"
-    ):
-        Gpt2Config(attention="flash")

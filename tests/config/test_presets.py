@@ -1,9 +1,7 @@
 import dataclasses
 import functools
-import math
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import pytest
 
@@ -16,7 +14,6 @@ from sophia_levanter.config.schedule import CosineSchedule
 from sophia_levanter.config.settings import steps_of
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.gpt2 import Gpt2
 from sophia_levanter.models.language_model import abstract_model
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
@@ -67,11 +64,6 @@ def named(size: str, optimizer: str) -> TrainConfig:
     return loaded(CONFIG_DIR / f"gpt2_{size}_{optimizer}.yaml")
 
 
-def parameters(layers: int, embed: int, vocab: int, seq_len: int) -> int:
-    """Token and position embeddings, the blocks' four matrices (3 + 1 + 4 + 4 widths) and norms, and the last norm."""
-    return (vocab + seq_len) * embed + layers * (12 * embed**2 + 2 * embed) + embed
-
-
 def test_every_configuration_is_there():
     not_there = {"gpt2_xl_lion", *(f"gpt2_{size}_sophia_kronecker" for size in ("medium", "large", "xl"))}
     expected = {f"gpt2_{size}_{optimizer}" for size in GPT2_SIZES for optimizer in TYPES} - not_there
@@ -97,24 +89,19 @@ def test_shipped_configuration(file, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("size", GPT2_SIZES)
-def test_parameter_count(size):
-    config = named(size, "adamw").model
-    model = eqx.filter_eval_shape(Gpt2.init, config, vocab_size=50304, key=jax.random.key(0))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct))
-    assert count == parameters(config.num_layers, config.embed_dim, 50304, config.seq_len)
-    known = {(12, 768): 124_373_760, (36, 1280): 773_582_080}
-    assert count == known.get((config.num_layers, config.embed_dim), count)
-
-
-@pytest.mark.parametrize(("size", "count"), [("nano", 7_226_496), ("125m", 123_587_328), ("1b", 1_076_168_704)])
-def test_parameter_count_of_llama(size, count):
-    """Token embedding, the blocks' queries, keys, values and output, three matrices of the MLP, and norms."""
-    model = loaded(CONFIG_DIR / f"llama_{size}_adamw.yaml").model
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model, 50304))) == count
-    embed, heads = model.embed_dim, (2 * model.num_heads + 2 * model.kv_heads) * model.head_dim
-    block = embed * heads + 3 * embed * model.mlp_dim + 2 * embed
-    assert count == 50304 * embed + model.num_layers * block + embed
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2_small", 124_373_760),
+        ("gpt2_large", 773_582_080),
+        ("llama_125m", 123_587_328),
+        ("llama_1b", 1_076_168_704),
+    ],
+)
+def test_parameter_count(name, count):
+    """With 50,304 rows in the embedding."""
+    model = abstract_model(loaded(CONFIG_DIR / f"{name}_adamw.yaml").model, 50304)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == count
 
 
 @pytest.mark.parametrize(("size", "optimizer"), PUBLISHED)
@@ -200,10 +187,9 @@ def test_optimizers_of_one_size_differ_in_the_optimizer_only():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_preset_needs_one_flag_for_another_length_or_rate(file):
-    changes = [("trainer.num_train_steps", "60"), ("optimizer.learning_rate", "1e-7")]
-    for overrides in (changes[:1], changes[1:], changes):
-        config = load_config(file, overrides)
-        assert config.trainer.evaluation_interval < config.trainer.num_train_steps
+    """It would be refused for a warm-up in steps, and for a final rate above the peak."""
+    config = load_config(file, [("trainer.num_train_steps", "60"), ("optimizer.learning_rate", "1e-7")])
+    assert config.trainer.evaluation_interval < config.trainer.num_train_steps
 
 
 def test_warmup_must_end_within_the_run():
@@ -212,77 +198,19 @@ def test_warmup_must_end_within_the_run():
         TrainConfig(optimizer=SophiaGConfig(warmup=11), trainer=TrainerConfig(num_train_steps=10))
 
 
-NOT_A_NUMBER = float("nan")
-
-
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
-        *((Gpt2Config, name, 0) for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio")),
-        (Gpt2Config, "loss_block_size", 0),
-        (Gpt2Config, "num_heads", 7),
+        # Declared bounds, of which test_settings.py tries each kind.
         (Gpt2Config, "dropout", 1.0),
-        (Gpt2Config, "dropout", NOT_A_NUMBER),
-        (Gpt2Config, "layer_norm_epsilon", 0.0),
-        (Gpt2Config, "initializer_range", -1.0),
-        (Gpt2Config, "gradient_checkpointing", "some"),
-        *((OptimizerConfig, "learning_rate", value) for value in (0.0, -1.0, NOT_A_NUMBER)),
-        (OptimizerConfig, "final_learning_rate", 1.0),
-        (OptimizerConfig, "final_learning_rate", -1.0),
-        *((OptimizerConfig, "final_fraction", value) for value in (-0.1, 1.1)),
-        *((OptimizerConfig, "warmup", value) for value in (1.5, NOT_A_NUMBER)),
-        (TrainerConfig, "evaluate_every", 2.5),
-        (TrainerConfig, "statistics_every", 2.5),
-        (OptimizerConfig, "warmup", -1),
-        (OptimizerConfig, "weight_decay", -0.1),
-        *((cls, beta, 1.0) for cls in TYPES.values() for beta in ("b1", "b2")),
-        *((cls, "rho", 0.0) for cls in (SophiaGConfig, SophiaHConfig)),
-        *((cls, "eps", 0.0) for cls in (SophiaGConfig, SophiaHConfig, AdamWConfig)),
-        *((cls, "interval", 0) for cls in (SophiaGConfig, SophiaHConfig)),
-        *((SophiaGConfig, "curvature_batch_fraction", value) for value in (0.0, 1.1)),
-        (SophiaGConfig, "curvature_reduce", "mean"),
-        (SophiaGConfig, "curvature_labels", "true"),
-        *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
-        (MuonConfig, "eps", 0.0),
-        (SoapConfig, "eps", 0.0),
-        *((AdEMAMixConfig, name, 1.0) for name in ("b1", "b2", "b3")),
-        *((AdEMAMixConfig, name, -1.0) for name in ("alpha", "slow_warmup")),
-        *((SoapConfig, name, 0) for name in ("interval", "basis_max_size")),
-        *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
-        (SophiaHConfig, "probe", "uniform"),
-        (SophiaHConfig, "num_probes", 0),
-        (SophiaHConfig, "curvature_microbatch_size", 0),
-        *((SophiaHConfig, name, -1) for name in ("first_refresh", "initial_refreshes")),
-        *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
-        (SophiaGConfig, "denominator", "sum"),
-        (SophiaHConfig, "denominator", "add"),
-        (SophiaGConfig, "basis", "eigen"),
-        (SophiaHConfig, "basis_b2", 1.0),
-        (SophiaGConfig, "curvature_dtype", "float16"),
-        (AdamWConfig, "momentum_dtype", "half"),
-        (SophiaHConfig, "basis_max_size", 0),
-        (SophiaGConfig, "refresh_order", "during"),
-        *(
-            (TrainerConfig, name, 0)
-            for name in (
-                "num_train_steps",
-                "batch_size",
-                "microbatch_size",
-                "max_skipped_steps",
-                "evaluate_every",
-                "evaluation_windows",
-                "checkpoint_every",
-                "keep_checkpoints",
-                "log_every",
-                "statistics_every",
-                "max_grad_norm",
-            )
-        ),
-        (TrainerConfig, "microbatch_size", 7),
-        (TrainerConfig, "seed", -1),
+        (SophiaGConfig, "rho", 0.0),
         (TrainerConfig, "seed", 2**32),
-        (TrainerConfig, "sample_tokens", -1),
-        *((TrainerConfig, name, "float16") for name in ("compute_dtype", "parameter_dtype")),
+        # What each class checks itself.
+        (Gpt2Config, "num_heads", 7),
+        (OptimizerConfig, "final_learning_rate", 1.0),
+        (SophiaHConfig, "denominator", "add"),
+        (TrainerConfig, "evaluate_every", 2.5),
+        (TrainerConfig, "microbatch_size", 7),
     ],
 )
 def test_value_out_of_range_names_the_field_and_the_value(cls, field, value):
@@ -292,8 +220,3 @@ def test_value_out_of_range_names_the_field_and_the_value(cls, field, value):
     assert "\n" not in message
     assert f".{field} " in message
     assert str(value) in message
-
-
-def test_microbatches():
-    assert TrainerConfig(batch_size=8).num_microbatches == 1
-    assert TrainerConfig(batch_size=8, microbatch_size=2).num_microbatches == 4

@@ -19,8 +19,6 @@ OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"wandb": "on"}, "tracking.wandb is 'on'; it must be one of online, offline, or null"),
-        ({"wandb_project": ""}, "tracking.wandb_project is empty; omit it to use the default"),
         ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must be 1 to 128 characters long"),
         ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must be 1 to 128 characters long"),
         ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project name cannot contain '/'"),
@@ -32,15 +30,16 @@ def test_bad_values(values, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("spec", [None, ModuleSpec("a folder", None)])
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("spec", "option", "message"),
     [
         (
+            None,
             ("--tracking.wandb", "online"),
             "tracking.wandb is 'online', but wandb is not installed; run pip install 'sophia-levanter[wandb]'",
         ),
         (
+            ModuleSpec("a folder", None),
             ("--tracking.tensorboard", "true"),
             "tracking.tensorboard is true, but tensorboardX is not installed; "
             "run pip install 'sophia-levanter[tensorboard]'",

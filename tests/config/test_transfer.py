@@ -84,13 +84,13 @@ def moved(config, model_config, model, grads):
 OWN = (GroupConfig("attn|wte", "0.1 x", 0.3), GroupConfig("c_fc", weight_decay=0.0), GroupConfig(role="vector"))
 
 
-@pytest.mark.parametrize(("groups", "cautious"), [((), False), (OWN, False), (OWN, True)])
-def test_matrices_alone_take_smaller_steps_and_decay_as_before(groups, cautious, make_model):
+@pytest.mark.parametrize("cautious", [False, True])
+def test_matrices_alone_take_smaller_steps_and_decay_as_before(cautious, make_model):
     """Groups of the user stay."""
     model = make_model(embed_dim=16, use_bias=True)
-    config = AdamWConfig(groups=groups, cautious_weight_decay=cautious, weight_decay=0.2)
+    config = AdamWConfig(groups=OWN, cautious_weight_decay=cautious, weight_decay=0.2)
     undecayed = dataclasses.replace(
-        config, weight_decay=0.0, groups=tuple(dataclasses.replace(group, weight_decay=None) for group in groups)
+        config, weight_decay=0.0, groups=tuple(dataclasses.replace(group, weight_decay=None) for group in OWN)
     )
     # Against the weights, so that cautious weight decay applies everywhere.
     grads = jax.tree.map(lambda p: jnp.sign(p) * 0.1, trainable(model))
@@ -156,8 +156,6 @@ def test_the_factors_are_shown(monkeypatch):
             "model.base_num_layers is 1, but model.scale_attn_by_inverse_layer_idx makes attention scores depend on ",
         ),
         (OPTIONS[:2], "model.base_embed_dim is missing; model.parametrization mup requires the width at which "),
-        ((*OPTIONS, "0"), "model.base_embed_dim is 0; it must be between 1 and 1048576"),
-        (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
         (
             (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
             "model.parametrization is 'mup', but optimizer.type adan does not define how its learning rate scales "
