@@ -145,27 +145,27 @@ def test_what_is_saved_comes_back_and_old_steps_go(bucket: Bucket) -> None:
         put(bucket, 3)
 
 
-def test_a_flipped_bit_and_a_lost_object_are_found(bucket: Bucket) -> None:
-    put(bucket, 1)
+def test_a_flipped_bit_and_a_lost_object_are_found(google: Google) -> None:
+    put(google, 1)
     rng = random.Random(0)
-    names = bucket.names()
+    names = google.names()
     assert len(names) == 5  # two of each array, and the manifest
     for name in names:
-        content = bucket.get(name)
+        content = google.get(name)
         flipped = bytearray(content)
         flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         for change in (bytes(flipped), b"", None):
             if change is None:
-                bucket.delete(name)
+                google.delete(name)
             else:
-                bucket.put(name, change)
+                google.put(name, change)
             if not (change is None and name.endswith("manifest.json")):  # then there is no such step
-                (line,) = damage(bucket.url, 1)
+                (line,) = damage(google.url, 1)
                 assert name.removeprefix("run/") in line
                 with pytest.raises(CheckpointError):
-                    restore(bucket.url, small(0), report=silent)
-        bucket.put(name, content)
-    assert damage(bucket.url, 1) == []
+                    restore(google.url, small(0), report=silent)
+        google.put(name, content)
+    assert damage(google.url, 1) == []
 
 
 def test_a_damaged_step_is_passed_over_and_can_be_saved_again(bucket: Bucket) -> None:
@@ -183,12 +183,12 @@ def test_a_damaged_step_is_passed_over_and_can_be_saved_again(bucket: Bucket) ->
     assert damage(bucket.url, 2) == []
 
 
-def test_a_folder_copied_from_a_bucket_is_a_checkpoint(bucket: Bucket, tmp_path: Path) -> None:
-    put(bucket, 5)
-    for name in bucket.names():
+def test_a_folder_copied_from_a_bucket_is_a_checkpoint(google: Google, tmp_path: Path) -> None:
+    put(google, 5)
+    for name in google.names():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(bucket.get(name))
+        file.write_bytes(google.get(name))
     restored = restore(tmp_path / "run" / "checkpoints", small(0), report=silent)
     assert bits(restored.tree) == bits(small(5))
 
