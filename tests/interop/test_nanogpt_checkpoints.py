@@ -43,8 +43,7 @@ def test_a_checkpoint_of_nanogpt(use_bias, prefix, make_model, save_checkpoint):
     assert_same(read(save_checkpoint(model, prefix), model.config), model)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("saved", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float32")])
 def test_dtypes_of_checkpoints(saved, dtype, model, save_checkpoint):
     found = gpt2_to_state_dict(read(save_checkpoint(model, dtype=saved), model.config, dtype))
     for name, array in gpt2_to_state_dict(model).items():
@@ -112,28 +111,7 @@ def changed(file, **tensors):
     return file
 
 
-def test_a_checkpoint_with_its_head_alone(model, save_checkpoint):
-    file = changed(save_checkpoint(model, "_orig_mod."), **{"_orig_mod.transformer.wte.weight": None})
-    assert_same(read(file, model.config), model)
-
-
-def test_a_checkpoint_with_an_array_twice(model, save_checkpoint):
-    import torch
-
-    file = changed(save_checkpoint(model), **{"wte.weight": torch.zeros(VOCAB, 8)})
-    assert "transformer.wte.weight and wte.weight both refer to wte.weight; remove one of them" in refused(
-        file, model.config
-    )
-
-
-def test_a_checkpoint_of_more_layers_than_it_has(model, save_checkpoint):
-    file = save_checkpoint(model, model_args=nanogpt_args(model.config, n_layer=1_000_000))
-    assert "model_args does not match the weights: n_layer is 1000000, but the weights have 2" in refused(
-        file, model.config
-    )
-
-
-@pytest.mark.parametrize("kind", ["meta", "sparse_coo", "sparse_csr", "stride 0", "overlapping"])
+@pytest.mark.parametrize("kind", ["meta", "sparse_coo", "stride 0", "overlapping"])
 def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpoint):
     import torch
 
@@ -141,7 +119,6 @@ def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpo
     tensor, wanted = {
         "meta": (torch.empty(VOCAB, 8, device="meta"), "is a meta tensor"),
         "sparse_coo": (dense.to_sparse(), "is a torch.sparse_coo tensor; save it as a dense tensor"),
-        "sparse_csr": (dense.to_sparse_csr(), "is a torch.sparse_csr tensor"),
         "stride 0": (
             torch.ones(1).expand(VOCAB, 10**9),
             "has shape (128, 1000000000) but stores fewer values",

@@ -26,18 +26,9 @@ def test_official_names_without_the_prefix_and_with_masks(model, arrays, tmp_pat
     assert_same(read(save_folder(tmp_path / "gpt2", model.config, official), model.config), model)
 
 
-def test_an_equal_head_is_the_tied_one(folder, model, arrays):
-    save_folder(folder, model.config, arrays | {"lm_head.weight": arrays["transformer.wte.weight"].copy()})
-    assert_same(read(folder, model.config), model)
-
-
-def test_another_head_is_refused(folder, model, arrays):
-    save_folder(folder, model.config, arrays | {"lm_head.weight": arrays["transformer.wte.weight"] + 1})
-    assert "gpt2: lm_head.weight differs from wte.weight" in refused(folder, model.config)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("saved", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("saved", "dtype"), [(np.float16, "float32"), (ml_dtypes.bfloat16, "float32"), (np.float64, "bfloat16")]
+)
 def test_dtypes(saved, dtype, folder, model, arrays):
     save_folder(folder, model.config, {name: array.astype(saved) for name, array in arrays.items()})
     found = gpt2_to_state_dict(read(folder, model.config, dtype))
@@ -51,10 +42,9 @@ def test_integers_are_no_weights(folder, model, arrays):
     assert "transformer.ln_f.bias is I8; it must be one of F16" in refused(folder, model.config)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_not_finite_are_named(bad, folder, model, arrays):
+def test_numbers_that_are_not_finite_are_named(folder, model, arrays):
     arrays = {name: array.copy() for name, array in arrays.items()}
-    arrays["transformer.h.1.mlp.c_fc.bias"][3] = bad
+    arrays["transformer.h.1.mlp.c_fc.bias"][3] = np.nan
     save_folder(folder, model.config, arrays)
     assert "h.1.mlp.c_fc.bias contains values that are not finite in float32" in refused(folder, model.config)
 
@@ -82,7 +72,6 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
             "set --model.scale_attn_by_inverse_layer_idx true",
         ),
         ({"activation_function": "relu"}, "activation_function is 'relu'; this model supports only gelu_new"),
-        ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
         ({"scale_attn_weights": False}, "scale_attn_weights is false"),
         ({"model_type": "opt"}, "config.json: model_type is 'opt'; it must be one of gpt2, llama, qwen3"),
         ({"n_layer": "2"}, "config.json: n_layer is '2'; it must be a positive integer"),
@@ -98,7 +87,6 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
             {"n_embd": 16, "n_positions": 4},
             "n_embd is 16, but the weights have 8; n_positions is 4, but the weights have 8",
         ),
-        ({"vocab_size": 90}, "vocab_size is 90, but the weights have 128"),
     ],
 )
 def test_another_model_names_the_field_and_the_value(change, wanted, folder, model, arrays):
@@ -109,13 +97,11 @@ def test_another_model_names_the_field_and_the_value(change, wanted, folder, mod
 @pytest.mark.parametrize(
     ("ours", "wanted"),
     [
-        ({"num_layers": 12}, "model.num_layers is 12, but FOLDER has 2; set --model.num_layers 2"),
         (
             {"embed_dim": 16, "mlp_ratio": 1},
             "model.embed_dim is 16, but FOLDER has 8; set --model.embed_dim 8 --model.mlp_ratio 4",
         ),
         ({"seq_len": 16}, "model.seq_len is 16, but FOLDER has 8; set --model.seq_len 8"),
-        ({"seq_len": 4}, "model.seq_len is 4, but FOLDER has 8; set --model.seq_len 8"),
     ],
 )
 def test_a_model_of_another_shape_than_the_weights(ours, wanted, folder, model):
@@ -129,12 +115,6 @@ def test_what_config_json_leaves_out_has_transformers_defaults(folder, model):
         "n_layer is 12, but the weights have 2; vocab_size is 50257, but the weights have 128; n_embd is 768, but the "
         "weights have 8; n_positions is 1024, but the weights have 8; both must come from the same model"
     )
-
-
-def test_hugging_face_weights_need_biases(folder, model):
-    config = dataclasses.replace(model.config, use_bias=False)
-    assert "model.use_bias is false" in refused(folder, config)
-    assert refused(folder, config).endswith("; set --model.use_bias true")
 
 
 def test_biases_of_0_go_with_a_model_that_has_none(make_model, tmp_path):
@@ -159,32 +139,11 @@ def test_what_an_export_says_of_biases_holds_until_they_are_trained(make_model, 
 
 @pytest.mark.parametrize(
     "own",
-    [3, {"tokenizer": 3}, {"tokenizer": "/etc/other.tiktoken"}, {"use_bias": "false"}, {"tokenizer_fingerprint": None}],
+    [3, {"tokenizer": 3}, {"tokenizer": "/etc/other.tiktoken"}],
 )
 def test_an_export_that_somebody_has_edited(own, folder, model, arrays):
     save_folder(folder, model.config, arrays, sophia_levanter=own)
     assert "config.json: the sophia_levanter field is invalid" in refused(folder, model.config)
-
-
-WRAPPED = [
-    "",
-    "transformer.",
-    "model.",
-    "module.",
-    "_orig_mod.",
-    "_orig_mod.module.",
-    "module._orig_mod.transformer.",
-    "model.transformer.",
-    "_orig_mod.model.transformer.",
-]
-
-
-@pytest.mark.parametrize("prefix", WRAPPED)
-def test_wrapped_names(prefix, model, arrays, tmp_path):
-    wrapped = {prefix + name.removeprefix("transformer."): array for name, array in arrays.items()}
-    wrapped[f"{prefix}h.1.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), bool))
-    wrapped[f"{prefix}h.0.attn.masked_bias"] = np.full((), -1e4, np.float32)
-    assert_same(read(save_folder(tmp_path / "gpt2", model.config, wrapped), model.config), model)
 
 
 def test_blocks_that_were_compiled_or_wrapped_one_by_one(model, arrays, tmp_path):
@@ -195,22 +154,18 @@ def test_blocks_that_were_compiled_or_wrapped_one_by_one(model, arrays, tmp_path
     assert_same(read(save_folder(tmp_path / "gpt2", model.config, wrapped), model.config), model)
 
 
-@pytest.mark.parametrize("head", ["lm_head.weight", "_orig_mod.lm_head.weight", "module.lm_head.weight"])
-def test_a_tied_head_alone_is_the_embedding(head, model, arrays, tmp_path):
+def test_a_tied_head_alone_is_the_embedding(model, arrays, tmp_path):
     tied = {name: array for name, array in arrays.items() if not name.endswith("wte.weight")}
-    tied[head] = arrays["transformer.wte.weight"]
+    tied["_orig_mod.lm_head.weight"] = arrays["transformer.wte.weight"]
     assert_same(read(save_folder(tmp_path / "gpt2", model.config, tied), model.config), model)
 
 
-@pytest.mark.parametrize(
-    "twice", ["wte.weight", "transformer.h.0._orig_mod.ln_1.bias", "module.transformer.wpe.weight"]
-)
-def test_an_array_that_is_there_twice_is_ambiguous(twice, folder, model, arrays):
-    plain = twice.removeprefix("module.").replace("_orig_mod.", "").removeprefix("transformer.")
-    save_folder(folder, model.config, arrays | {twice: arrays[f"transformer.{plain}"]})
+def test_an_array_that_is_there_twice_is_ambiguous(folder, model, arrays):
+    plain, twice = "transformer.h.0.ln_1.bias", "transformer.h.0._orig_mod.ln_1.bias"
+    save_folder(folder, model.config, arrays | {twice: arrays[plain]})
     message = refused(folder, model.config)
-    assert f"both refer to {plain}; remove one of them" in message
-    assert twice in message and f"transformer.{plain}" in message
+    assert "both refer to h.0.ln_1.bias; remove one of them" in message
+    assert twice in message and plain in message
 
 
 def test_all_that_is_missing_and_unknown_is_counted(folder, model, arrays):

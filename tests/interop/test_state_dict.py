@@ -117,18 +117,11 @@ def with_array(arrays, name, array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {}, r"^wte\.weight is missing: this is not a GPT-2 state dict"),
-        (lambda a: without(a, "wte.weight"), r"^wte\.weight is missing"),
+        (lambda a: without(a, "wte.weight"), r"^wte\.weight is missing: this is not a GPT-2 state dict"),
         (lambda a: with_array(a, "wte.weight", np.ones(())), r"^wte\.weight has shape \(\), but this model expects"),
-        (
-            lambda a: with_array(a, "wte.weight", np.ones((128, 8))),
-            r"^wte\.weight has shape \(128, 8\), .* \(128, 32\)",
-        ),
         (lambda a: with_array(a, "wpe.weight", np.ones((64, 32))), r"^wpe\.weight has shape \(64, 32\), .* \(32, 32\)"),
         (lambda a: without(a, MATRIX), r"^h\.0\.mlp\.c_fc\.weight is missing"),
-        (lambda a: without(a, "ln_f.weight"), r"^ln_f\.weight is missing"),
         (lambda a: with_array(a, "h.2.ln_1.weight", np.ones(32)), r"^h\.2\.ln_1\.weight is not in this model"),
-        (lambda a: with_array(a, "h.0.attn.c_attn.bias", np.ones(96)), r"^h\.0\.attn\.c_attn\.bias is not in this"),
         (
             lambda a: with_array(a, MATRIX, a[f"transformer.{MATRIX}"].T),
             r"^h\.0\.mlp\.c_fc\.weight has shape \(32, 128\)",
@@ -140,12 +133,6 @@ def test_errors_name_the_array(linear, change, message):
     config, arrays = linear()
     with pytest.raises(ValueError, match=message):
         gpt2_from_state_dict(config, change(arrays), layout="linear")
-
-
-def test_the_other_layout_is_noticed(linear):
-    config, arrays = linear()
-    with pytest.raises(ValueError, match=r"has shape \(\d+, 32\), but this model expects \(32, \d+\)"):
-        gpt2_from_state_dict(config, arrays)
 
 
 def test_unknown_layout(linear):
