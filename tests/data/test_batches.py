@@ -96,7 +96,7 @@ def test_a_corpus_shorter_than_a_window(make_store: MakeStore) -> None:
         TrainBatches(store, seq_len=5, batch_size=1, seed=0)
 
 
-@pytest.mark.parametrize(("seq_len", "batch_size"), [(40, 5), (7, 4), (64, 3), (2000, 2), (1, 300), (1000, 1)])
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(40, 5), (7, 4), (2000, 2), (1, 300)])
 def test_validation_predicts_every_token_but_the_first_once(
     make_store: MakeStore, seq_len: int, batch_size: int
 ) -> None:
@@ -144,7 +144,6 @@ def test_a_few_validation_windows_are_spread_evenly(make_store: MakeStore) -> No
     gaps = np.diff([*chosen, 25])
     assert chosen[0] == 0
     assert set(gaps.tolist()) == {4, 5}
-    assert sum(weights.sum() for _, weights in batches) == 6 * 40
     assert sum(weights.sum() for _, weights in batches) == 6 * 40
     everything = ValidationBatches(store, seq_len=40, batch_size=4, max_sequences=1000)
     assert sum(weights.sum() for _, weights in everything) == 1000

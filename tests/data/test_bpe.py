@@ -173,7 +173,7 @@ def test_a_vocabulary_that_is_too_small(size: int) -> None:
         train_bpe(["text"], size)
 
 
-@pytest.mark.parametrize("content", ["", "not base64 at all", "YQ== 0\nYg== 5\n", "YQ== x\n", "YQ==\n"])
+@pytest.mark.parametrize("content", ["", "not base64 at all", "YQ== 0\nYg== 5\n"])
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "my.tiktoken").write_text(content)
     with pytest.raises(InputError, match=r"^data\.tokenizer: .*my\.tiktoken is not in tiktoken's format") as info:

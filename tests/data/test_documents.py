@@ -40,34 +40,18 @@ BAD_ROWS = [
     ),
     ("a.jsonl", json_lines(GOOD, {"text": 7}, GOOD), "a.jsonl:2: the field 'text' is a number, not a string"),
     ("a.jsonl", json_lines(GOOD, {"text": True}, GOOD), "the field 'text' is a boolean, not a string"),
-    ("a.jsonl", json_lines(GOOD, {"text": ["a", "b"]}, GOOD), "the field 'text' is a list, not a string"),
     ("a.jsonl", json_lines(GOOD, {"text": {"a": 1}}, GOOD), "the field 'text' is an object, not a string"),
-    ("a.jsonl", json_lines(GOOD, ["text"], GOOD), "a.jsonl:2 is a list, not a JSON object"),
-    ("a.jsonl", json_lines(GOOD, None, GOOD), "a.jsonl:2 is null, not a JSON object"),
-    ("a.jsonl", json_lines(GOOD, "text", GOOD), "a.jsonl:2 is a string, not a JSON object"),
     (
         "a.jsonl",
         json_lines(GOOD) + b"\nnot JSON\n" + json_lines(GOOD),
         "a.jsonl:3 is not valid JSON (expected one object per line)",
     ),
-    (
-        "a.jsonl",
-        json_lines(GOOD, GOOD) + b'{"text": "cut o',
-        "a.jsonl:3 is not valid JSON (expected one object per line)",
-    ),
     ("a.jsonl.gz", gzip.compress(json_lines(GOOD, {}, GOOD)), "a.jsonl.gz:2 has no field 'text'"),
     ("a.json", json_lines(["text"], GOOD, GOOD), "a.json:1 is a list, not a JSON object"),
-    ("a.json", json_lines([GOOD], GOOD, GOOD), "a.json:1 is a list, not a JSON object"),
     ("a.jsonl", json_lines([], GOOD, GOOD), "a.jsonl:1 is a list, not a JSON object"),
-    (
-        "a.json",
-        json.dumps(["text", GOOD, GOOD], indent=1).encode(),
-        "a.json, record 1 is a string, not a JSON object",
-    ),
     ("a.txt", json_lines(GOOD, GOOD, GOOD, GOOD, GOOD, 3), "a.txt:6 is a number, not a JSON object"),
     ("a.json", json.dumps([GOOD, 12.5, GOOD]).encode(), "a.json, record 2 is a number, not a JSON object"),
     ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is null, not a JSON object"),
-    ("a.json", json.dumps([GOOD, {"text": None}, GOOD]).encode(), "a.json, record 2: the field 'text' is null"),
     ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is a list, not a JSON object"),
     (
         "a.parquet",
@@ -78,11 +62,10 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "content", "problem"), BAD_ROWS)
-@pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
 def test_rows_without_text_are_errors_or_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str, piece_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, problem: str
 ) -> None:
-    monkeypatch.setattr(file_source, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 1)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as info:
         read(tmp_path / name)
@@ -98,9 +81,7 @@ def test_rows_without_text_are_errors_or_skipped(
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"text": [1, 2]}, "row 1: the field 'text' is a number, not a string"),
         ({"text": [b"1", b"2"]}, "row 1: the field 'text' is a value of type bytes, not a string"),
-        ({"text": [["1"], ["2"]]}, "row 1: the field 'text' is a list, not a string"),
         ({"body": ["1", "2"]}, "row 1 has no field 'text'; possible values for data.text_field: 'body'"),
     ],
 )
@@ -128,7 +109,6 @@ def test_rows_of_a_dataset(tmp_path: Path) -> None:
     [
         ("a.jsonl.gz", gzip.compress(json_lines(GOOD, GOOD, GOOD), mtime=0)[:-9], "truncated or damaged"),
         ("a.json", b'[{"text": "1"}, {"text": }, {"text": "3"}]', "record 2, is not valid JSON"),
-        ("a.json", b'[{"text": "1"}, {"text": "2', "record 2, is not valid JSON"),
         ("a.json", b'[{"text": "1"}, {"text": "2"}', "record 3, is neither a JSON object nor the end"),
         ("a.parquet", parquet({"text": ["1"]})[:-9], "truncated, damaged or not"),
         ("a.jsonl", b'{"text": "\xe9"}\n', "is not valid UTF-8"),
@@ -164,8 +144,6 @@ def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
     ("name", "content", "where"),
     [
         ("a.txt", f"one{END}two{END}three".encode(), "/a.txt; "),
-        ("a.jsonl", json_lines(GOOD, {"text": f"two{END}"}, {"text": END}), "/a.jsonl:2; "),
-        ("a.json", json.dumps([GOOD, {"text": f"{END}{END}x"}]).encode(), "/a.json, record 2; "),
         ("a.parquet", parquet({"text": ["one", f"two{END}{END}"]}), "/a.parquet, row 2; "),
     ],
 )
@@ -194,8 +172,8 @@ def test_every_special_token_is_counted(tmp_path: Path) -> None:
     assert "; they are encoded as ordinary text; remove them from the text" in note
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1 << 20])
-@pytest.mark.parametrize("separator", [END, "\n\n", "aa", "é", "aba", "----\r\n"])
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
+@pytest.mark.parametrize("separator", [END, "aa", "é", "----\r\n"])
 def test_a_text_file_is_split_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str, piece_bytes: int
 ) -> None:
@@ -280,11 +258,6 @@ def test_the_split_is_pinned() -> None:
     assert split(DOCUMENTS, 0.01)[1] == ["document 383"]
 
 
-def test_the_same_text_is_on_one_side() -> None:
-    train, validation = split(DOCUMENTS * 2, 0.3)
-    assert not set(train) & set(validation)
-
-
 def test_an_empty_side_gets_the_nearest_document_whatever_the_order() -> None:
     for documents in (DOCUMENTS, DOCUMENTS[::-1]):
         train, validation = split(documents, 1e-9)
@@ -298,12 +271,6 @@ def test_an_empty_side_gets_the_nearest_document_whatever_the_order() -> None:
         assert Counter(train + validation) == Counter(DOCUMENTS)
         assert len(train) == 1
         assert train[0] in split(DOCUMENTS, 0.97)[0]
-
-
-def test_two_documents_make_two_sides() -> None:
-    for i in range(20):
-        train, validation = split([f"a{i}", f"b{i}"], 0.2)
-        assert (len(train), len(validation)) == (1, 1)
 
 
 def test_the_end_of_a_single_document_is_held_out() -> None:

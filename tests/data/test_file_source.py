@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,29 +34,28 @@ def test_json_lines(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == ["one\ntwo", "é"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "a.txt"])
 @pytest.mark.parametrize(
-    ("suffix", "compress"),
+    ("name", "compress", "agrees"),
     [
-        (".gz", gzip.compress),
-        (".GZ", gzip.compress),
-        (".xz", lzma.compress),
-        (".zst", zstd.compress),
-        (".bz2", bz2.compress),
-        ("", gzip.compress),
-        ("", bz2.compress),
-        (".gz", zstd.compress),
-        (".zst", lzma.compress),
+        ("a.jsonl.gz", gzip.compress, True),
+        ("A.JSONL.GZ", gzip.compress, True),
+        ("a.txt.xz", lzma.compress, True),
+        ("a.jsonl.zst", zstd.compress, True),
+        ("a.txt.bz2", bz2.compress, True),
+        ("a.txt", gzip.compress, False),
+        ("a.jsonl", bz2.compress, False),
+        ("a.txt.gz", zstd.compress, False),
+        ("a.jsonl.zst", lzma.compress, False),
     ],
 )
-def test_compressions(tmp_path: Path, name: str, suffix: str, compress) -> None:
-    content = json_lines({"text": "one"}) if "jsonl" in name.lower() else b"some text"
+def test_compressions(tmp_path: Path, name: str, compress: Callable[[bytes], bytes], agrees: bool) -> None:
+    is_text = name.startswith("a.txt")
+    content = b"some text" if is_text else json_lines({"text": "one"})
     # Two streams one after the other are one file.
-    (tmp_path / f"{name}{suffix}").write_bytes(compress(content) + compress(content))
-    both = ["one", "one"] if "jsonl" in name.lower() else [content.decode() * 2]
+    (tmp_path / name).write_bytes(compress(content) + compress(content))
     said: list[str] = []
-    assert read(tmp_path / f"{name}{suffix}", said=said) == both
-    assert bool(said) == (suffix == "" or (suffix, compress) in ((".gz", zstd.compress), (".zst", lzma.compress)))
+    assert read(tmp_path / name, said=said) == (["some textsome text"] if is_text else ["one", "one"])
+    assert bool(said) is not agrees
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -89,7 +89,6 @@ def test_json_by_all_its_suffixes(tmp_path: Path, name: str) -> None:
         ("a.txt", ARRAY, "a JSON array"),
         ("a.jsonl", ARRAY, "a JSON array"),
         ("a.txt", parquet({"text": ["one", "two"]}), "Parquet"),
-        ("a.jsonl", parquet({"text": ["one", "two"]}), "Parquet"),
         ("a.jsonl.gz", RECORDS, "JSON lines"),
         ("a.txt.xz", gzip.compress(RECORDS, mtime=0), "JSON lines compressed with gzip"),
         ("a.parquet", zstd.compress(parquet({"text": ["one", "two"]})), "Parquet compressed with zstd"),
@@ -218,36 +217,23 @@ def test_another_text_field(tmp_path: Path) -> None:
         ("a.txt", "é".encode() + b"\xff", "0xff at byte offset 2"),
         ("a.txt", b"abc\0", "byte offset 3"),
         ("a.jsonl", json_lines({"text": "1"}) + b'{"text": "\xe9"}', ":2 is not valid UTF-8 (0xe9 at byte offset 24"),
-        ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "truncated or damaged"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:12] + b"damage" * 9, "truncated or damaged"),
         ("a.txt.gz", b"not compressed \xff", "0xff at byte offset 15"),
         ("a.txt.bz2", bz2.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.txt.bz2", bz2.compress(b"some text" * 9)[:10] + b"damage" * 9, "cannot read"),
-        ("a.txt.xz", lzma.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.jsonl.zst", zstd.compress(b"some text" * 9)[:-9], "truncated or damaged"),
         ("a.jsonl.zst", b"not compressed", ":1 is not valid JSON"),
-        ("a.parquet", b"not Parquet", "not a Parquet file"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it with iconv -f UTF-16LE"),
         ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
         ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
-        ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.json", b'{\n "text": "pretty"\n}', ":1 is not valid JSON"),
-        ("a.json", json_lines({"body": "1"}), "no field 'text'; possible values for data.text_field: 'body'"),
-        ("a.json", b'[{"body": "1"}]', "record 1 has no field 'text'"),
         ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),
         ("a.json", b'[{"text": "1"}, {"text": "\xff"}]', "0xff at byte offset 26"),
         ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "record 1, cannot be parsed as JSON"),
-        ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
-        ("a.parquet", parquet({"text": ["1"]})[:-9], "not a Parquet file"),
-        (
-            "a.parquet",
-            parquet({"body": ["1"], "title": ["2"]}),
-            "no field 'text'; possible values for data.text_field: 'body', 'title'",
-        ),
+        ("a.parquet", b"not Parquet", "not a Parquet file"),
         ("a.parquet", flipped_pages(parquet({"text": ["some text"] * 500})), "cannot read"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 cannot be parsed as JSON"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1 cannot be parsed as JSON"),
         (
             "a.jsonl",
             json_lines({"body": "1", "title": "2"}),
@@ -267,14 +253,13 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, expected: str) -> 
 BOMBS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstd.compress}
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
 @pytest.mark.parametrize("compression", BOMBS)
 def test_a_compressed_file_that_expands_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     monkeypatch.setattr(formats, "EXPANDED_BYTES", 1 << 20)
-    path = tmp_path / name
-    path.write_bytes(BOMBS[compression](b'[{"text": "' + b"a" * (1 << 22)))
+    path = tmp_path / "a.txt"
+    path.write_bytes(BOMBS[compression](b"a" * (1 << 22)))
     assert error_of(path).startswith(f"data.train: {path} decompresses to more than 200 times its size; if that ")
 
 

@@ -37,9 +37,7 @@ def stopped(config: DataConfig) -> tuple[str, list[str]]:
     return str(info.value), said
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"document_separator": "number"}, {"bad_rows": "skip"}, {"document_separator": "document"}], ids=str
-)
+@pytest.mark.parametrize("fields", [{}, {"document_separator": "number"}, {"document_separator": "document"}], ids=str)
 def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_path: Path, fields: dict) -> None:
     path = Path(config.train)
     if fields == {"document_separator": "document"}:  # a text file is read piece by piece
@@ -63,14 +61,12 @@ def test_a_killed_preparation_goes_on_to_the_same_store(config: DataConfig, tmp_
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flag", "empty"])
-def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig, damage: str) -> None:
+def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig) -> None:
     assert Fork(prepare_and_die, config.train, config.cache_dir, {}, 40).end()[0] == -signal.SIGKILL
     (note,) = Path(config.cache_dir).glob("*.partial/progress.npz")
-    content = bytearray(note.read_bytes()[: -30 if damage == "cut" else None])
-    if damage == "flag":
-        content[content.index(b"PK\x01\x02") + 8] |= 1  # says that it is encrypted
-    note.write_bytes(content if damage != "empty" else b"")
+    content = bytearray(note.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # says that it is encrypted, which is an error of no usual class
+    note.write_bytes(content)
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
     assert sorted(train + validation) == sorted(TEXTS)
@@ -113,10 +109,8 @@ def test_a_full_disk_is_gone_on_from(config: DataConfig, monkeypatch: pytest.Mon
     ("name", "bad", "corrected", "held_out"),
     [
         ("a.jsonl", json_lines(BAD), json_lines(TEXTS), True),
-        ("a.jsonl", json_lines(BAD), json_lines(TEXTS), False),
         ("a.jsonl", json_lines(BAD), b"\n\n" + json_lines(TEXTS), True),  # lines have other numbers
         ("a.jsonl", json_lines(BAD), json_lines([*TEXTS[:40], "put in", *TEXTS[40:]]), False),
-        ("a.jsonl", json_lines(TEXTS)[:-20], json_lines(TEXTS), True),
         ("a.json", json.dumps([{"text": text} for text in BAD]).encode(), json_lines(TEXTS), True),
         ("a.parquet", parquet(BAD), parquet(TEXTS), True),
         ("a.jsonl.gz", gzip.compress(json_lines(LONG))[:-60], gzip.compress(json_lines(LONG)), True),
@@ -161,7 +155,7 @@ def test_what_changed_where_it_was_read_is_prepared_anew(config: DataConfig, tmp
     assert "changed in the part that was already prepared; preparing it again from the start" in said[0]
 
 
-@pytest.mark.parametrize(("changed", "goes_on"), [("a", False), ("b", True), ("c", True), ("d", True)])
+@pytest.mark.parametrize(("changed", "goes_on"), [("a", False), ("c", True)])
 def test_other_files_than_the_bad_one_may_change(
     config: DataConfig, tmp_path: Path, changed: str, goes_on: bool
 ) -> None:
@@ -232,7 +226,6 @@ def test_skipped_rows_are_another_store_and_counted(config: DataConfig) -> None:
     [
         (TEXTS[:20], TEXTS[20:40], ""),
         (TEXTS[:20], [*TEXTS[20:30], None, *TEXTS[30:40]], r"1 without text \(first: {0}/b.jsonl:11: "),
-        (TEXTS[:20], NULLS, r"2 without text \(first: {0}/b.jsonl:11: "),
         ([*TEXTS[:20], None], TEXTS[20:40], r"1 without text \(first: {0}/a.jsonl:21: "),
         ([None, *TEXTS[:20], ""], ["", *TEXTS[20:40]], r"1 without text \(first: {0}/a.jsonl:1: .*; 2 empty \(first: "),
     ],

@@ -87,7 +87,7 @@ def test_files_that_are_none(tmp_path: Path, content: bytes | None, expected: st
         opened(tmp_path / "a.bin")
 
 
-@pytest.mark.parametrize("at", [0, 7, 11, 1999])
+@pytest.mark.parametrize("at", [7, 1999])
 def test_ids_of_another_tokenizer_anywhere_in_the_file(files: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(nanogpt_module, "READ_TOKENS", 8)
     tokens = TOKENS.copy()
@@ -133,9 +133,6 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
     ("begin", "options", "expected"),
     [
         (header(20240520, 2, 2000), "", "has an llm.c header (20240520) with version 2; only version 1 is supported"),
-        (header(20240801, 1, 1000), "", "has an llm.c header (20240801) with version 1; only version 7 is supported"),
-        (header(20240520, 0, 2000), "", "version 0"),
-        (header(20240520, 1, 1999), "", "has 2000 tokens, but its header specifies 1999"),
         (header(20240520, 1, 2001), "", "has 2000 tokens, but its header specifies 2001"),
         (header(20240801, 7, 2000), "", "has 1000 tokens, but its header specifies 2000"),
         (header(20240520, 1, 2000), "?dtype=uint32", "the header specifies dtype uint16, not uint32; remove ?dtype="),
@@ -146,7 +143,7 @@ def test_headers_that_are_refused(tmp_path: Path, begin: bytes, options: str, ex
     assert expected in error_of(lambda: opened(tmp_path / "a.bin", options))
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">u2", "uint8"])
+@pytest.mark.parametrize("dtype", ["int64", ">u2", "uint8"])
 def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
     expected = (TOKENS % 256).astype(dtype)
     np.save(tmp_path / "a.npy", expected)
@@ -162,7 +159,6 @@ def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
     [
         (TOKENS.reshape(2, 1000), "shape (2, 1000)"),
         (TOKENS.astype(np.float32), "array with dtype float32"),
-        (TOKENS > 5, "array with dtype bool"),
         (TOKENS[:0], "shape (0,)"),
         (np.array([print, len]), "Python objects in dtype"),
         (np.array([1, -1, 2]), "token id -1"),
@@ -185,7 +181,7 @@ def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> No
     assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
 
 
-@pytest.mark.parametrize("count", [2, 100, 2000])
+@pytest.mark.parametrize("count", [2, 2000])
 def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, count: int) -> None:
     TOKENS[:count].astype(np.uint32).tofile(tmp_path / "a.bin")
     assert "every second uint16 value is 0" in error_of(lambda: opened(tmp_path / "a.bin"))
@@ -213,14 +209,12 @@ class Command:
     ("meta", "expected"),
     [
         ({"vocab_size": 65, "stoi": {"a": 0}, "itos": {0: "a"}}, "its ids are characters"),
-        ({"vocab_size": 257, "stoi": {"a": 0}}, "such as input.txt"),
         ({"vocab_size": 65}, "there are 65 ids, but data.tokenizer bytes has 257"),
         ({"vocab_size": "257"}, "there are '257' ids"),
         ({"vocab_size": np.int64(257)}, "not a nanoGPT meta.pkl"),
         ({"vocab_size": Command()}, "it refers to posix.mkdir"),
         ([257], "contains a list"),
         (b"not a pickle", "not a nanoGPT meta.pkl"),
-        (b"", "not a nanoGPT meta.pkl"),
     ],
 )
 def test_the_vocabulary_beside_the_file(
@@ -292,12 +286,11 @@ def test_a_large_file_is_read_once(files: Path, monkeypatch: pytest.MonkeyPatch,
     assert "token id 60000" in error_of(lambda: large().check(print))
 
 
-@pytest.mark.parametrize("size", [0, 100, 3999])
 @pytest.mark.parametrize("name", ["train.bin", "a.npy"])
-def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(files: Path, name: str, size: int) -> None:
+def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(files: Path, name: str) -> None:
     np.save(files / "a.npy", TOKENS)
     tokens = opened(files / name)
-    os.truncate(files / name, size)
+    os.truncate(files / name, 3999)
     assert "was truncated after it was opened" in error_of(lambda: tokens.read(0, 2000))
     assert "was truncated after it was opened" in error_of(lambda: tokens.read_sequences(np.array([1990]), 10))
     assert "changed after it was opened" in error_of(tokens.check_unchanged)
@@ -318,10 +311,9 @@ def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_rea
     "act",
     [
         lambda path: os.utime(path, (1, 1)),
-        lambda path: path.write_bytes(path.read_bytes()),
         lambda path: shutil.copyfile(shutil.copy(path, path.with_name("copy")), path),
     ],
-    ids=["touched", "written", "copied back"],
+    ids=["touched", "copied back"],
 )
 def test_a_file_that_is_touched_is_read_again_once(
     files: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]

