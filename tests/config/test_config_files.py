@@ -26,11 +26,6 @@ def test_a_file_that_names_itself_by_another_name(tmp_path: Path) -> None:
     assert "defaults form a cycle" in load_error(tmp_path / "run.yaml")
 
 
-def test_a_link_to_itself(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").symlink_to("run.yaml")
-    assert load_error(tmp_path / "run.yaml") == f"{tmp_path}/run.yaml cannot be read: Too many levels of symbolic links"
-
-
 @pytest.mark.parametrize("character", ["\\0", "\\ud800", "\\udbff\\udc00", "\\udc7f"])
 def test_characters_that_no_text_holds(character: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f'\ndata: {{cache_dir: "a{character}"}}')
