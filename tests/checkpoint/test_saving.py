@@ -3,8 +3,6 @@
 import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -272,51 +270,6 @@ def test_50_saves_need_no_more_memory_than_5(tmp_path: Path) -> None:
     status, (early, late) = Fork(save_50_times, tmp_path).end()
     assert status == 0
     assert late - early < 45 * 8 * 2**20 / 8, (early, late)
-
-
-FULL_DISK = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from sophia_levanter.checkpoint import CheckpointError, Retention, Saver, damage, steps
-directory = Path(sys.argv[1], "run", "checkpoints")
-ballast = Path(sys.argv[1], "ballast")
-ballast.write_bytes(bytes(2**20))
-saver = Saver(directory, run_id="r")
-for step in range(1, 100):
-    try:
-        saver.check()
-        # 1 MiB, and 6 MiB of disk.
-        tree = {str(i): np.full((4, 2**15), step, "f4") for i in range(2)}
-        saver.save(step, tree, metadata={}, retention=Retention(99))
-        time.sleep(0.1)
-    except CheckpointError as error:
-        print(step - 1, "failed, seen at", step, ":", error)
-        break
-whole = steps(directory)
-print(*whole)
-assert whole == list(range(1, step - 1)) and all(damage(directory, s) == [] for s in whole)
-assert sorted(path.name for path in directory.iterdir()) == [f"step-{s:08d}" for s in whole]
-ballast.unlink()
-saver = Saver(directory, run_id="r")
-saver.save(step, {"x": np.ones(10)}, metadata={}, retention=Retention(99))
-saver.wait()
-assert damage(directory, step) == []
-print("saved", step)
-"""
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    """A real one, of 6 MiB, in a namespace where this process may mount it."""
-    inside = f"mount -t tmpfs -o size=6m none {tmp_path} && exec {sys.executable} -c '{FULL_DISK}' {tmp_path}"
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*command, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
-        pytest.skip("this machine does not let a test mount a tmpfs")
-    finished = subprocess.run([*command, inside], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    failure, whole, after = finished.stdout.splitlines()
-    assert "No space left on device" in failure and "leaf " in failure
-    assert len(whole.split()) >= 3 and after.startswith("saved")
 
 
 def kills(directory: Path, how: str, count: int) -> None:

@@ -234,14 +234,6 @@ def test_a_vocabulary_that_agrees(files: Path, meta: dict) -> None:
     assert opened(files / "train.bin").num_tokens == 2000
 
 
-def test_ranges_outside_are_refused(files: Path) -> None:
-    for start, stop in [(-1, 2), (0, 2001), (3, 2)]:
-        with pytest.raises(IndexError):
-            opened(files / "train.bin").read(start, stop)
-    with pytest.raises(IndexError):
-        opened(files / "train.bin").read_sequences(np.array([1999]), 3)
-
-
 def test_a_part_cannot_be_held_out(files: Path) -> None:
     with pytest.raises(InputError, match=r"set data\.validation, for example to nanogpt:val\.bin"):
         prepare(DataConfig(train=f"nanogpt:{files}/train.bin"), print)

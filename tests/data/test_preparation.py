@@ -16,7 +16,6 @@ import pyarrow.parquet
 import pytest
 
 from kills import Fork, build_half_and_die
-from kills import prepare as prepare_text
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data.corpora import prepare
@@ -143,13 +142,6 @@ def test_all_rows_skipped(config: DataConfig) -> None:
     with pytest.raises(InputError, match=r"contains no documents with text; skipped rows: 2 without text \(first: "):
         prepare(replace(config, bad_rows="skip"), quiet)
     assert list(Path(config.cache_dir).iterdir()) == []
-
-
-def test_two_processes_at_once(config: DataConfig) -> None:
-    forks = [Fork(prepare_text, config.train, config.cache_dir, {"validation_fraction": 0.2}) for _ in range(2)]
-    assert [fork.end()[0] for fork in forks] == [0, 0]
-    (store,) = Path(config.cache_dir).iterdir()
-    assert sum(TokenStore.open(store / name).num_documents for name in ("train", "validation")) == 60
 
 
 def test_progress_is_reported(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,13 +193,6 @@ def test_documents_by_number(make_store: MakeStore, small_shards: None, where: N
             store.document(number)
 
 
-def test_a_store_at_a_url(make_store: MakeStore) -> None:
-    store = make_store(TEXTS)
-    there = TokenStore.open(f"file://{store.path}")
-    np.testing.assert_array_equal(there.read(0, len(TOKENS)), TOKENS)
-    there.verify()
-
-
 # A shard of another text, as long and with sound checksums of its own.
 
 
