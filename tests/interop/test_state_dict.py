@@ -68,15 +68,6 @@ def test_conv1d_round_trip(conv1d):
     assert_same(gpt2_to_state_dict(model), arrays)
 
 
-def test_query_key_value_and_heads_are_where_they_belong(conv1d):
-    """c_attn's columns are q, k and v, each of them head by head."""
-    config, arrays = conv1d
-    weight = gpt2_from_state_dict(config, arrays).blocks.stacked.attn.c_attn.weight
-    at = {"layers": 1, "embed": 5, "qkv": 2, "heads": 3, "head_size": 7}
-    column = 2 * 48 + 3 * 12 + 7
-    assert weight[at] == arrays["transformer.h.1.attn.c_attn.weight"][5, column]
-
-
 def test_names_without_the_prefix_and_arrays_to_ignore(linear):
     config, arrays = linear()
     other = {name.removeprefix("transformer."): a for name, a in arrays.items()}

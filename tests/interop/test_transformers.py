@@ -117,16 +117,6 @@ def test_what_transformers_saves_comes_back(words, make_loaded, tmp_path):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_biases_that_were_trained_there_come_back(make_loaded, tmp_path):
-    export_model(make_loaded(), tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.nn.init.normal_(theirs.transformer.h[1].mlp.c_fc.bias)
-    theirs.save_pretrained(tmp_path / "again")
-    back = load_model(str(tmp_path / "again"), report=print)
-    ids = random_ids(257, 32)
-    np.testing.assert_allclose(our_logits(back.model, ids), their_logits(theirs, ids), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpt2_of_transformers(dtype, tmp_path):
     torch.manual_seed(0)
@@ -144,14 +134,6 @@ def test_a_gpt2_of_transformers(dtype, tmp_path):
     wanted = their_logits(theirs.float(), ids)
     assert wanted.std() > 1
     np.testing.assert_allclose(our_logits(loaded.model, ids), wanted, rtol=0, atol=1e-4)
-
-
-def test_another_kind_of_model_is_refused(tmp_path):
-    transformers.GPTNeoConfig().save_pretrained(tmp_path)
-    with pytest.raises(
-        InputError, match=r"config\.json: model_type is 'gpt_neo'; it must be one of gpt2, llama, qwen3"
-    ):
-        load_model(str(tmp_path), report=print)
 
 
 LLAMAS = {
