@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sophia_levanter.data.encoding import encode
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer
-from tiny_runs import TEXTS
+from tiny_runs import TEXTS, json_lines
 
 
 @pytest.fixture
@@ -51,8 +50,7 @@ def make_store(tmp_path: Path) -> Callable[..., TokenStore]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
-    lines = [json.dumps({"text": text}) for text in TEXTS]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "train.jsonl").write_bytes(json_lines(TEXTS))
     return DataConfig(
         train=str(tmp_path / "train.jsonl"), validation_fraction=0.2, cache_dir=str(tmp_path / "deep" / "cache")
     )

@@ -31,27 +31,8 @@ from sophia_levanter.data.tokenizer import (
 )
 from sophia_levanter.errors import InputError
 
-PIECES = [
-    "  ",
-    " ",
-    "\n",
-    "\t",
-    "\r\n",
-    "\u00a0",
-    "a",
-    "bc",
-    "the",
-    "'s",
-    "'LL",
-    "ſ",
-    "12345",
-    "²",
-    "Ⅷ",
-    "é",
-    "中",
-    "==",
-    "🐍",
-]
+SPACES = ["  ", " ", "\n", "\t", "\r\n", "\u00a0"]
+PIECES = [*SPACES, "a", "bc", "the", "'s", "'LL", "ſ", "12345", "²", "Ⅷ", "é", "中", "==", "🐍"]
 RANDOM = random.Random(0)
 SOURCES = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:20]
 TEXTS = [

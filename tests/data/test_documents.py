@@ -133,13 +133,6 @@ def test_empty_text_is_left_out_and_counted(tmp_path: Path) -> None:
         assert notes == [f"skipped rows: 3 empty (first: {tmp_path}/a.jsonl:2)"]
 
 
-def test_empty_modules_of_the_library_are_not_worth_a_line() -> None:
-    source = open_source("python_stdlib", DataConfig(), field="data.train", report=print, special_tokens=[END])
-    assert len(list(source.documents())) > 300
-    assert source.rows.warnings() == []
-    assert source.rows.left_out == ""
-
-
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [

@@ -188,7 +188,7 @@ def on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hub:someone/texts"
 
 
-@pytest.mark.parametrize("streaming", ["", "&streaming=false", "&streaming=true"])
+@pytest.mark.parametrize("streaming", ["", "&streaming=false"])
 def test_the_hub(on_hub: str, streaming: str) -> None:
     assert read(f"{on_hub}?split=train{streaming}") == ROWS
     assert read(f"{on_hub}?split=test{streaming}") == ["held out"]

@@ -14,7 +14,6 @@ from sophia_levanter.data.batches import (
     Verification,
 )
 from sophia_levanter.errors import InputError
-from sophia_levanter.files import NotRegular
 from sophia_levanter.partition.processes import PATIENCE, Processes
 
 
@@ -47,9 +46,7 @@ def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
 
 ERRORS = [
     InputError("the text is damaged"),
-    NotRegular(errno.EINVAL, "not a regular file", "shard"),
     OSError(errno.EIO, "Input/output error"),
-    MemoryError(),
     KeyError("digest"),
 ]
 
@@ -106,7 +103,7 @@ def test_of_several_processes_all_raise_together(tmp_path: Path, answers: Answer
     answers.others = answers.said[:]
     sound = finished(tmp_path, Corpus(), Processes(0, 2))
     expected = InputError if isinstance(error, InputError) else OSError
-    with pytest.raises(expected, match=type(error).__name__ if isinstance(error, MemoryError | KeyError) else None):
+    with pytest.raises(expected, match="KeyError" if isinstance(error, KeyError) else None):
         sound.finish()
     # Where another process has found worse, this one raises that.
     if expected is OSError:
