@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sophia_levanter.config import TrainConfig
@@ -26,79 +28,53 @@ def test_rows_of_the_embedding():
     check_parameters(config, 1, 256)
 
 
+CPU, GPU, TPU = (Requirements(platform, "bfloat16", 1024, 64) for platform in ("cpu", "gpu", "tpu"))
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "positions", "head_size", "split", "chosen"),
+    ("required", "chosen"),
     [
-        ("cpu", "bfloat16", 1024, 64, False, "blocked"),
-        ("cpu", "float32", 1000, 60, False, "blocked"),
-        ("cpu", "float32", 1024, 64, True, "xla"),
-        ("METAL", "float32", 1024, 64, False, "xla"),
-        ("gpu", "bfloat16", 1024, 64, False, "cudnn"),
-        ("gpu", "float32", 1024, 64, False, "xla"),
-        ("gpu", "bfloat16", 1024, 60, False, "xla"),
-        ("gpu", "bfloat16", 1024, 256, False, "xla"),
-        ("tpu", "bfloat16", 1024, 64, False, "splash"),
-        ("tpu", "float32", 1024, 64, False, "splash"),
-        ("tpu", "bfloat16", 1000, 64, False, "xla"),
-        ("tpu", "bfloat16", 1024, 64, True, "xla"),
+        (CPU, "blocked"),
+        (replace(CPU, dtype="float32", positions=1000, head_size=60), "blocked"),
+        (replace(CPU, split_positions=True), "xla"),
+        (replace(CPU, platform="METAL"), "xla"),
+        (GPU, "cudnn"),
+        (replace(GPU, dtype="float32"), "xla"),
+        (replace(GPU, head_size=60), "xla"),
+        (replace(GPU, head_size=256), "xla"),
+        (replace(GPU, documents=True), "xla"),
+        (TPU, "splash"),
+        (replace(TPU, dtype="float32"), "splash"),
+        (replace(TPU, positions=1000), "xla"),
+        (replace(TPU, split_positions=True), "xla"),
+        (replace(TPU, dropout=True), "xla"),
+        (replace(TPU, documents=True), "splash"),
+        (replace(CPU, documents=True), "blocked"),
     ],
+    ids=str,
 )
-def test_attention_that_suits(platform, dtype, positions, head_size, split, chosen):
-    required = Requirements(platform, dtype, positions, head_size, split)
+def test_attention_that_suits(required, chosen):
     assert attention_for("auto", required) == chosen
     assert attention_for("xla", required) == "xla"
-    if chosen != "xla":
-        assert attention_for(chosen, required) == chosen
+    assert attention_for(chosen, required) == chosen
 
 
 @pytest.mark.parametrize(
-    ("wanted", "platform", "dtype", "positions", "head_size", "split", "reason"),
+    ("wanted", "required", "reason"),
     [
-        ("cudnn", "cpu", "bfloat16", 1024, 64, False, "requires a GPU, but this device is a CPU"),
-        ("splash", "gpu", "bfloat16", 1024, 64, False, "requires a TPU, but this device is a GPU"),
-        ("cudnn", "gpu", "float32", 1024, 64, False, "requires trainer.compute_dtype bfloat16, not float32"),
-        (
-            "cudnn",
-            "gpu",
-            "bfloat16",
-            1024,
-            60,
-            False,
-            "requires a head size that is a multiple of 8 and at most 128, not 60",
-        ),
-        (
-            "splash",
-            "tpu",
-            "bfloat16",
-            1000,
-            64,
-            False,
-            "requires a number of positions that is a multiple of 128, not 1000",
-        ),
-        ("blocked", "cpu", "float32", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
-        ("splash", "tpu", "bfloat16", 1024, 64, True, r"cannot split positions over devices \(mesh.sequence\)"),
+        ("cudnn", CPU, "requires a GPU, but this device is a CPU"),
+        ("splash", GPU, "requires a TPU, but this device is a GPU"),
+        ("cudnn", replace(GPU, dtype="float32"), "requires trainer.compute_dtype bfloat16, not float32"),
+        ("cudnn", replace(GPU, head_size=60), "requires a head size that is a multiple of 8 and at most 128, not 60"),
+        ("splash", replace(TPU, positions=1000), "requires a number of positions that is a multiple of 128, not 1000"),
+        ("blocked", replace(CPU, split_positions=True), "cannot split positions over devices (mesh.sequence)"),
+        ("splash", replace(TPU, split_positions=True), "cannot split positions over devices (mesh.sequence)"),
+        ("cudnn", replace(GPU, dropout=True), "does not support dropout (model.dropout)"),
+        ("cudnn", replace(GPU, documents=True), "does not support document masking (data.mask_documents)"),
     ],
+    ids=str,
 )
-def test_attention_that_cannot_be_had(wanted, platform, dtype, positions, head_size, split, reason):
-    with pytest.raises(InputError, match=rf"^model.attention is '{wanted}', which {reason}; use auto or xla$"):
-        attention_for(wanted, Requirements(platform, dtype, positions, head_size, split))
-
-
-def test_kernels_have_no_dropout():
-    assert attention_for("auto", Requirements("tpu", "bfloat16", 1024, 64, dropout=True)) == "xla"
-    with pytest.raises(
-        InputError, match=r"^model.attention is 'cudnn', which does not support dropout \(model.dropout\)"
-    ):
-        attention_for("cudnn", Requirements("gpu", "bfloat16", 1024, 64, dropout=True))
-
-
-def test_cudnn_masks_no_documents():
-    given = ("bfloat16", 1024, 64)
-    assert attention_for("auto", Requirements("gpu", *given, documents=True)) == "xla"
-    assert attention_for("auto", Requirements("tpu", *given, documents=True)) == "splash"
-    assert attention_for("auto", Requirements("cpu", *given, documents=True)) == "blocked"
-    with pytest.raises(
-        InputError,
-        match=r"^model.attention is 'cudnn', which does not support document masking \(data.mask_documents\);",
-    ):
-        attention_for("cudnn", Requirements("gpu", *given, documents=True))
+def test_attention_that_cannot_be_had(wanted, required, reason):
+    with pytest.raises(InputError) as error:
+        attention_for(wanted, required)
+    assert str(error.value) == f"model.attention is {wanted!r}, which {reason}; use auto or xla"
