@@ -122,27 +122,21 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     remove_leftovers(tmp_path / "absent")
 
 
+SAVED = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        (
-            {"a": {"w": jnp.ones((2, 4))}, "b": jnp.ones(3)},
-            r"leaf a.w is float32[2, 3] in the checkpoint but float32[2, 4] ",
-        ),
-        (
-            {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3, jnp.bfloat16)},
-            r"leaf b is float32[3] in the checkpoint but bfloat16[3] ",
-        ),
-        ({"a": {"w": jnp.ones((2, 3))}}, r"leaf b is float32[3] in the checkpoint but missing "),
-        (
-            {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3), "c": jnp.ones(())},
-            r"leaf c is missing in the checkpoint but float32[] ",
-        ),
+        (SAVED | {"w": jnp.ones((2, 4))}, "leaf w is float32[2, 3] in the checkpoint but float32[2, 4] "),
+        (SAVED | {"b": jnp.ones(3, jnp.bfloat16)}, "leaf b is float32[3] in the checkpoint but bfloat16[3] "),
+        ({"w": jnp.ones((2, 3))}, "leaf b is float32[3] in the checkpoint but missing "),
+        (SAVED | {"c": jnp.ones(())}, "leaf c is missing in the checkpoint but float32[] "),
     ],
 )
 def test_a_checkpoint_of_another_model(tmp_path: Path, like: Any, message: str) -> None:
     for step in (1, 2):
-        put(tmp_path, step, {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3)})
+        put(tmp_path, step, SAVED)
     with pytest.raises(InputError) as error:
         restore(tmp_path, like, report=silent)
     assert message in one_line(error)

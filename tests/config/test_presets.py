@@ -183,7 +183,7 @@ def test_optimizers_of_one_size_differ_in_the_optimizer_only():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_preset_needs_one_flag_for_another_length_or_rate(file):
-    """It would be refused for a warm-up in steps, and for a final rate above the peak."""
+    """A warm-up in steps, or a final rate that is not a fraction of the peak, would be refused."""
     config = load_config(file, [("trainer.num_train_steps", "60"), ("optimizer.learning_rate", "1e-7")])
     assert config.trainer.evaluation_interval < config.trainer.num_train_steps
 
@@ -197,7 +197,7 @@ def test_warmup_must_end_within_the_run():
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
-        # Declared bounds, of which test_settings.py tries each kind.
+        # Declared bounds: test_settings.py tries each kind.
         (Gpt2Config, "dropout", 1.0),
         (SophiaGConfig, "rho", 0.0),
         (TrainerConfig, "seed", 2**32),

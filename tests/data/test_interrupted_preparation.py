@@ -65,7 +65,7 @@ def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig) -> None:
     assert Fork(prepare_and_die, config.train, config.cache_dir, {}, 40).end()[0] == -signal.SIGKILL
     (note,) = Path(config.cache_dir).glob("*.partial/progress.npz")
     content = bytearray(note.read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] |= 1  # says that it is encrypted, which is an error of no usual class
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # says that it is encrypted
     note.write_bytes(content)
     said: list[str] = []
     train, validation = sides(prepare(config, said.append))
