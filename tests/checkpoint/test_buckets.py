@@ -21,15 +21,7 @@ import pytest
 from trees import bits, blank, make_state, silent
 
 from fake_gcs import FakeGcs, serving
-from sophia_levanter.checkpoint import (
-    CheckpointError,
-    Retention,
-    damage,
-    remove_leftovers,
-    restore,
-    save,
-    steps,
-)
+from sophia_levanter.checkpoint import CheckpointError, Retention, damage, remove_leftovers, restore, save, steps
 from sophia_levanter.errors import InputError
 from sophia_levanter.kvstore import kvstore_spec
 

@@ -40,12 +40,7 @@ def test_yaml_words_that_yaml_1_1_would_change_stay_strings(write, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "separator"),
-    [
-        (r'"\n\n"', "\n\n"),
-        (r'"\u00e9\x1e "', "\u00e9\x1e "),
-        ("null", None),
-    ],
+    ("text", "separator"), [(r'"\n\n"', "\n\n"), (r'"\u00e9\x1e "', "\u00e9\x1e "), ("null", None)]
 )
 def test_separators(write, text, separator):
     config = load_config(write(f"data: {{document_separator: {text}}}"))

@@ -137,12 +137,7 @@ def test_every_setting_arrives(config, kind, fields):
 
 @pytest.mark.parametrize(
     ("fraction", "batch_size", "microbatch_size", "wanted"),
-    [
-        (0.5, 480, 16, 15),
-        (32 / 480, 480, 16, 2),
-        (32 / 480, 8, None, 1),
-        (0.01, 12, 4, 1),
-    ],
+    [(0.5, 480, 16, 15), (32 / 480, 480, 16, 2), (32 / 480, 8, None, 1), (0.01, 12, 4, 1)],
 )
 def test_the_curvature_takes_whole_microbatches(fraction, batch_size, microbatch_size, wanted):
     trainer = TrainerConfig(batch_size=batch_size, microbatch_size=microbatch_size)

@@ -87,13 +87,7 @@ def test_shipped_configuration(file):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("gpt2_small", 124_373_760),
-        ("llama_1b", 1_076_168_704),
-    ],
-)
+@pytest.mark.parametrize(("name", "count"), [("gpt2_small", 124_373_760), ("llama_1b", 1_076_168_704)])
 def test_parameter_count(name, count):
     """With 50,304 rows in the embedding."""
     model = abstract_model(loaded(CONFIG_DIR / f"{name}_adamw.yaml").model, 50304)

@@ -12,11 +12,7 @@ import pytest
 
 from sophia_levanter.batch import batch_from_sequences, count_targets, document_starts
 from sophia_levanter.data import token_store
-from sophia_levanter.data.batches import (
-    Mixture,
-    TrainBatches,
-    ValidationBatches,
-)
+from sophia_levanter.data.batches import Mixture, TrainBatches, ValidationBatches
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.errors import InputError
 

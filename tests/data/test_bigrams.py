@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.data import batches as batches_module
-from sophia_levanter.data.batches import (
-    SMOOTHING,
-    bigram_bits_per_byte,
-)
+from sophia_levanter.data.batches import SMOOTHING, bigram_bits_per_byte
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import ByteTokenizer, Tokenizer
 

@@ -53,11 +53,7 @@ BAD_ROWS = [
     ("a.json", json.dumps([GOOD, 12.5, GOOD]).encode(), "a.json, record 2 is a number, not a JSON object"),
     ("a.json", json.dumps([None, GOOD, GOOD]).encode(), "a.json, record 1 is null, not a JSON object"),
     ("a.json", json.dumps([GOOD, ["a"], GOOD], indent=1).encode(), "a.json, record 2 is a list, not a JSON object"),
-    (
-        "a.parquet",
-        parquet({"text": ["one", None, "one"]}),
-        "a.parquet, row 2: the field 'text' is null, not a string",
-    ),
+    ("a.parquet", parquet({"text": ["one", None, "one"]}), "a.parquet, row 2: the field 'text' is null, not a string"),
 ]
 
 

@@ -146,10 +146,7 @@ def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
         content = json.dumps([{"text": text, "n": [1, {}]} for text in texts], indent=indent, ensure_ascii=False)
         (tmp_path / "a.json").write_text("\ufeff" + content)
         assert read(tmp_path / "a.json") == texts
-        assert list(source_of(tmp_path / "a.json").documents((0, 1))) == [
-            ((0, 2), texts[1]),
-            ((0, 3), texts[2]),
-        ]
+        assert list(source_of(tmp_path / "a.json").documents((0, 1))) == [((0, 2), texts[1]), ((0, 3), texts[2])]
     (tmp_path / "a.json").write_text(" [ ] ")
     assert read(tmp_path / "a.json") == []
 

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.data.batches import (
-    READING_PATIENCE,
-    Verification,
-)
+from sophia_levanter.data.batches import READING_PATIENCE, Verification
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import PATIENCE, Processes
 
@@ -44,11 +41,7 @@ def test_nothing_is_waited_for_before_the_end(tmp_path: Path) -> None:
     verification.check()
 
 
-ERRORS = [
-    InputError("the text is damaged"),
-    OSError(errno.EIO, "Input/output error"),
-    KeyError("digest"),
-]
+ERRORS = [InputError("the text is damaged"), OSError(errno.EIO, "Input/output error"), KeyError("digest")]
 
 
 @pytest.mark.parametrize("where", ["whole", "unchanged"])

@@ -119,10 +119,7 @@ def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpo
     tensor, wanted = {
         "meta": (torch.empty(VOCAB, 8, device="meta"), "is a meta tensor"),
         "sparse_coo": (dense.to_sparse(), "is a torch.sparse_coo tensor; save it as a dense tensor"),
-        "stride 0": (
-            torch.ones(1).expand(VOCAB, 10**9),
-            "has shape (128, 1000000000) but stores fewer values",
-        ),
+        "stride 0": (torch.ones(1).expand(VOCAB, 10**9), "has shape (128, 1000000000) but stores fewer values"),
         "overlapping": (torch.ones(300).as_strided((VOCAB, 100), (1, 1)), "has shape (128, 100) but stores fewer"),
     }[kind]
     file = changed(save_checkpoint(model), **{"transformer.wte.weight": tensor})

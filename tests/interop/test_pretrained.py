@@ -61,10 +61,7 @@ def test_numbers_beyond_the_parameters_dtype_are_not_finite(folder, model, array
     [
         ({"n_head": 4}, "model.num_heads is 2, but FOLDER has 4; set --model.num_heads 4"),
         ({"n_inner": 16}, "set --model.mlp_ratio 2"),
-        (
-            {"n_inner": 12},
-            "config.json: n_inner is 12; it must be a multiple of n_embd (8)",
-        ),
+        ({"n_inner": 12}, "config.json: n_inner is 12; it must be a multiple of n_embd (8)"),
         ({"layer_norm_epsilon": 1e-6}, "set --model.layer_norm_epsilon 1e-06"),
         (
             {"scale_attn_by_inverse_layer_idx": True},
@@ -137,10 +134,7 @@ def test_what_an_export_says_of_biases_holds_until_they_are_trained(make_model, 
     assert "has nonzero biases (h.1.ln_2.bias); set --model.use_bias true" in refused(folder, model.config)
 
 
-@pytest.mark.parametrize(
-    "own",
-    [3, {"tokenizer": 3}, {"tokenizer": "/etc/other.tiktoken"}],
-)
+@pytest.mark.parametrize("own", [3, {"tokenizer": 3}, {"tokenizer": "/etc/other.tiktoken"}])
 def test_an_export_that_somebody_has_edited(own, folder, model, arrays):
     save_folder(folder, model.config, arrays, sophia_levanter=own)
     assert "config.json: the sophia_levanter field is invalid" in refused(folder, model.config)

@@ -89,12 +89,7 @@ def test_a_folder_of_something_else(folder, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        (b"{", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"3", "not a JSON object"),
-    ],
+    ("text", "wanted"), [(b"{", "not valid JSON"), (b"[" * 100_000, "not valid JSON"), (b"3", "not a JSON object")]
 )
 def test_a_config_that_is_no_json(text, wanted, folder, model):
     (folder / "config.json").write_bytes(text)
