@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -26,8 +27,13 @@ def read(source: str | Path, text_field: str = "text", said: list[str] | None = 
 
 
 def error_of(source: str | Path, text_field: str = "text") -> str:
+    return refused(lambda: read(source, text_field))
+
+
+def refused(act: Callable[[], object]) -> str:
+    """The line in which a training text is refused."""
     with pytest.raises(InputError) as info:
-        read(source, text_field)
+        act()
     message = str(info.value)
     assert message.startswith("data.train: ")
     assert "\n" not in message

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reading import refused
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import nanogpt as nanogpt_module
@@ -41,15 +42,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def opened(path: Path, options: str = "", tokenizer: Tokenizer | None = None) -> NanogptTokens:
     return NanogptTokens(f"nanogpt:{path}{options}", tokenizer or ByteTokenizer(), field="data.train")
-
-
-def error_of(make: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as info:
-        make()
-    message = str(info.value)
-    assert message.startswith("data.train: ")
-    assert "\n" not in message
-    return message
 
 
 def header(magic: int, version: int, count: int) -> bytes:
@@ -94,15 +86,15 @@ def test_ids_of_another_tokenizer_anywhere_in_the_file(files: Path, monkeypatch:
     tokens[at] = 50256
     tokens.tofile(files / "train.bin")
     config = DataConfig(train=f"nanogpt:{files}/train.bin", validation=f"nanogpt:{files}/val.bin")
-    assert "token id 50256, but data.tokenizer bytes has 257 ids" in error_of(lambda: prepare(config, print))
+    assert "token id 50256, but data.tokenizer bytes has 257 ids" in refused(lambda: prepare(config, print))
 
 
 def test_ids_that_change_after_the_check(files: Path) -> None:
     tokens = opened(files / "train.bin")
     tokens.check(print)
     np.memmap(files / "train.bin", np.uint16, "r+")[7] = 50256
-    assert "token id 50256" in error_of(lambda: tokens.read(7, 8))
-    assert "token id 50256" in error_of(lambda: tokens.read_sequences(np.array([5]), 4))
+    assert "token id 50256" in refused(lambda: tokens.read(7, 8))
+    assert "token id 50256" in refused(lambda: tokens.read_sequences(np.array([5]), 4))
     assert tokens.read(0, 7).tolist() == TOKENS[:7].tolist()
 
 
@@ -140,7 +132,7 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
 )
 def test_headers_that_are_refused(tmp_path: Path, begin: bytes, options: str, expected: str) -> None:
     (tmp_path / "a.bin").write_bytes(begin + TOKENS.tobytes())
-    assert expected in error_of(lambda: opened(tmp_path / "a.bin", options))
+    assert expected in refused(lambda: opened(tmp_path / "a.bin", options))
 
 
 @pytest.mark.parametrize("dtype", ["int64", ">u2", "uint8"])
@@ -166,7 +158,7 @@ def test_arrays_of_numpy(tmp_path: Path, dtype: str) -> None:
 )
 def test_arrays_that_are_refused(tmp_path: Path, array: np.ndarray, expected: str) -> None:
     np.save(tmp_path / "a.npy", array)
-    assert expected in error_of(lambda: opened(tmp_path / "a.npy").check(print))
+    assert expected in refused(lambda: opened(tmp_path / "a.npy").check(print))
 
 
 def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> None:
@@ -175,16 +167,16 @@ def test_four_bytes_where_they_are_named(tmp_path: Path, large: Tokenizer) -> No
     tokens = opened(tmp_path / "a.bin", "?dtype=uint32", large)
     tokens.check(print)
     np.testing.assert_array_equal(tokens.read(0, 5000), ids)
-    assert "use nanogpt:a.bin?dtype=uint32" in error_of(lambda: opened(tmp_path / "a.bin", "", large))
-    assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
+    assert "use nanogpt:a.bin?dtype=uint32" in refused(lambda: opened(tmp_path / "a.bin", "", large))
+    assert "two-byte ids" in refused(lambda: opened(tmp_path / "a.bin", "?dtype=uint16", large))
     np.save(tmp_path / "a.npy", ids.astype(np.uint16))
-    assert "two-byte ids" in error_of(lambda: opened(tmp_path / "a.npy", "", large))
+    assert "two-byte ids" in refused(lambda: opened(tmp_path / "a.npy", "", large))
 
 
 @pytest.mark.parametrize("count", [2, 2000])
 def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, count: int) -> None:
     TOKENS[:count].astype(np.uint32).tofile(tmp_path / "a.bin")
-    assert "every second uint16 value is 0" in error_of(lambda: opened(tmp_path / "a.bin"))
+    assert "every second uint16 value is 0" in refused(lambda: opened(tmp_path / "a.bin"))
     assert opened(tmp_path / "a.bin", "?dtype=uint32").num_tokens == count
     assert opened(tmp_path / "a.bin", "?dtype=uint16").num_tokens == 2 * count
 
@@ -192,12 +184,12 @@ def test_what_looks_like_four_bytes_is_refused_unless_named(tmp_path: Path, coun
 @pytest.mark.parametrize("options", ["", "?dtype=uint32"])
 def test_ids_of_eight_bytes_are_refused(tmp_path: Path, options: str) -> None:
     TOKENS[:100].astype(np.int64).tofile(tmp_path / "a.bin")
-    assert "contains eight-byte ids" in error_of(lambda: opened(tmp_path / "a.bin", options))
+    assert "contains eight-byte ids" in refused(lambda: opened(tmp_path / "a.bin", options))
 
 
 @pytest.mark.parametrize("options", ["?dtype=int8", "?dtype=", "?type=uint16"])
 def test_options_that_are_refused(files: Path, options: str) -> None:
-    assert "use ?dtype=uint16 or ?dtype=uint32" in error_of(lambda: opened(files / "train.bin", options))
+    assert "use ?dtype=uint16 or ?dtype=uint32" in refused(lambda: opened(files / "train.bin", options))
 
 
 class Command:
@@ -222,7 +214,7 @@ def test_the_vocabulary_beside_the_file(
 ) -> None:
     monkeypatch.chdir(files)
     (files / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
-    message = error_of(lambda: opened(files / "train.bin"))
+    message = refused(lambda: opened(files / "train.bin"))
     assert "meta.pkl" in message
     assert expected in message
     assert not (files / "made_by_a_pickle").exists()
@@ -275,7 +267,7 @@ def test_a_large_file_is_read_once(files: Path, monkeypatch: pytest.MonkeyPatch,
     if mtime == "kept":
         os.utime(files / "new.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
     (files / "new.bin").replace(files / "train.bin")
-    assert "token id 60000" in error_of(lambda: large().check(print))
+    assert "token id 60000" in refused(lambda: large().check(print))
 
 
 @pytest.mark.parametrize("name", ["train.bin", "a.npy"])
@@ -283,9 +275,9 @@ def test_a_file_that_is_cut_short_is_an_error_and_does_not_kill_the_process(file
     np.save(files / "a.npy", TOKENS)
     tokens = opened(files / name)
     os.truncate(files / name, 3999)
-    assert "was truncated after it was opened" in error_of(lambda: tokens.read(0, 2000))
-    assert "was truncated after it was opened" in error_of(lambda: tokens.read_sequences(np.array([1990]), 10))
-    assert "changed after it was opened" in error_of(tokens.check_unchanged)
+    assert "was truncated after it was opened" in refused(lambda: tokens.read(0, 2000))
+    assert "was truncated after it was opened" in refused(lambda: tokens.read_sequences(np.array([1990]), 10))
+    assert "changed after it was opened" in refused(tokens.check_unchanged)
 
 
 def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_readable(files: Path) -> None:
@@ -296,7 +288,7 @@ def test_a_file_that_is_overwritten_is_noticed_and_one_that_is_removed_stays_rea
     tokens = opened(files / "val.bin")
     time.sleep(0.01)  # the system's clock for files is a coarse one
     TOKENS[100:200].tofile(files / "val.bin")
-    assert "changed after it was opened" in error_of(tokens.check_unchanged)
+    assert "changed after it was opened" in refused(tokens.check_unchanged)
 
 
 @pytest.mark.parametrize(
@@ -321,14 +313,14 @@ def test_a_file_that_is_touched_is_read_again_once(
     time.sleep(0.01)
     (files / "train.bin").write_bytes(TOKENS[::-1].tobytes())
     for _ in range(2):
-        assert "changed after it was opened" in error_of(tokens.check_unchanged)
+        assert "changed after it was opened" in refused(tokens.check_unchanged)
 
 
 def test_a_file_that_is_touched_without_end(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = opened(files / "train.bin")
     numbers = itertools.count()
     monkeypatch.setattr(nanogpt_module._TokenFile, "status", property(lambda self: [next(numbers)]))
-    assert "keeps changing" in error_of(lambda: tokens.check(print))
+    assert "keeps changing" in refused(lambda: tokens.check(print))
 
 
 def test_a_meta_file_that_would_take_for_ever_to_show(tmp_path: Path) -> None:
