@@ -53,11 +53,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 a run failed, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 a run failed, 2 bad input, 75 stopped (run it again), 130 interrupted."""
     interruption = Interruption()
     try:
         return run_command(argv, lambda words: _run(words, interruption), usage=USAGE)

@@ -37,11 +37,7 @@ Print the contents of a token store, how its documents fill training sequences, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted."""
     return run_command(argv, _inspect, usage=USAGE)
 
 

@@ -69,11 +69,7 @@ class Launch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run it again), 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run it again), 130 interrupted."""
     return run_command(argv, _run, usage=USAGE)
 
 

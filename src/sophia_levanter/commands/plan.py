@@ -47,11 +47,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted."""
     return run_command(argv, lambda words: _plan(parse(words)), usage=USAGE)
 
 

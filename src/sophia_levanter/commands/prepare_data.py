@@ -28,11 +28,7 @@ command can be killed at any time; run it again to continue. Training does the s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (run it again), 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 75 stopped (run it again), 130 interrupted."""
     return run_command(argv, _prepare, usage=USAGE)
 
 

@@ -24,11 +24,7 @@ curves in the same directory.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     return run_command(argv, _report, usage=USAGE)
 
 

@@ -67,11 +67,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted."""
     return run_on_model(argv, parse, _run, usage=USAGE)
 
 

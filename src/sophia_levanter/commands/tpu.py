@@ -35,11 +35,7 @@ ACTIONS = ("create", "list", "delete", "ssh", "logs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 gcloud or the command failed, 2 bad input, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 gcloud or the command failed, 2 bad input, 130 interrupted."""
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
     # A --help after the `--` is an argument of COMMAND.

@@ -30,11 +30,7 @@ Use it with --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 130 interrupted.
-    """
+    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
     return run_command(argv, _train, usage=USAGE)
 
 
