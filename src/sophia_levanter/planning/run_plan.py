@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -249,8 +250,8 @@ def _gathered_elements(partition: Partition, model: object, fsdp: str | None) ->
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * partition.mesh.shape["data"] for x in parts)
 
 
-def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> int | None:
-    """Return the largest microbatch size for which the step that uses the most memory fits, or None if no size fits.
+def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> str:
+    """Describe the largest microbatch size for which the step that uses the most memory fits.
 
     Sizes must divide the batch size and be multiples of the number of devices over which a batch is sharded.
     """
@@ -264,35 +265,23 @@ def largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: in
         own = dataclasses.replace(config, trainer=trainer)
         return plan_step(own, partition, vocab_size, refresh=refresh).fits(memory)
 
-    return largest(sizes, fits)
-
-
-def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, memory: float) -> str:
-    found = largest_microbatch(config, partition, vocab_size, memory)
+    found = largest(sizes, fits)
     if found is None:
-        least = f"trainer.microbatch_size {partition.row_shards}, the smallest"
+        least = f"trainer.microbatch_size {step}, the smallest"
         return f"{least}, does not fit in {memory / GIB:.0f} GiB; use more devices with mesh.fsdp or mesh.model"
-    return f"the largest trainer.microbatch_size that fits is {found} (trainer.batch_size {config.trainer.batch_size})"
+    return f"the largest trainer.microbatch_size that fits is {found} (trainer.batch_size {batch_size})"
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """Return the largest of the ascending `sizes` that fits, or None. Tries the last first, because `fits` is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
-    low, high = 0, len(sizes) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(sizes[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return sizes[low - 1] if low else None
+    number = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
+    return sizes[number - 1] if number else None
 
 
-def hutchinsons_microbatch(
-    config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan
-) -> tuple[int, float] | None:
-    """Return the largest `curvature_microbatch_size` within `REFRESH_RATIO`, with its ratio; None if none qualifies."""
+def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
+    """Describe the largest `curvature_microbatch_size` whose refresh step stays within `REFRESH_RATIO`."""
     trainer, optimizer = config.trainer, config.optimizer
     rows = trainer.microbatch_size or trainer.batch_size
     sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]
@@ -307,17 +296,11 @@ def hutchinsons_microbatch(
         return ratios[size] <= REFRESH_RATIO
 
     size = largest(sizes, near_plain)
-    return None if size is None else (size, ratios[size])
-
-
-def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
-    found = hutchinsons_microbatch(config, partition, vocab_size, plain)
-    if found is None:
+    if size is None:
         return (
             f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times a plain step's memory"
         )
-    size, ratio = found
     return (
         f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
-        f"times a plain step's temporaries ({ratio:.2f})"
+        f"times a plain step's temporaries ({ratios[size]:.2f})"
     )
