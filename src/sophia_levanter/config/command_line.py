@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.build import build, encode, schema
-from sophia_levanter.config.files import Layer, Setting, dump_yaml, flatten, read_layers, show_value
+from sophia_levanter.config.files import Layer, Setting, dump_yaml, read_layers, show_value
 from sophia_levanter.config.registries import with_plugins
 from sophia_levanter.config.run import TrainConfig
 from sophia_levanter.config.settings import declaration, kinds_of, words_of
@@ -158,19 +158,6 @@ def build_config(files: Sequence[Layer], overrides: Layer | None = None) -> Trai
         InputError: if a key is unknown, or a value has the wrong type or is out of range.
     """
     return build(TrainConfig, with_plugins([*files, overrides or {}]))
-
-
-def config_in(tree: Mapping[str, Any], source: Path) -> TrainConfig:
-    """Build a configuration from the output of `encode`.
-
-    Args:
-        tree: the sections and their fields.
-        source: the file to name in error messages.
-
-    Raises:
-        InputError: if a key is unknown, or a value has the wrong type or is out of range.
-    """
-    return build_config([flatten(tree, source)])
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from sophia_levanter import checkpoint
 from sophia_levanter.checkpoint import Restored
 from sophia_levanter.config import TrainConfig
-from sophia_levanter.config.command_line import config_in, load_config
+from sophia_levanter.config.command_line import build_config, load_config
+from sophia_levanter.config.files import flatten
 from sophia_levanter.config.settings import free_settings
 from sophia_levanter.errors import InputError
 from sophia_levanter.partition.processes import PATIENCE, Processes, wait_for_all
@@ -95,7 +96,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
         raise InputError(f"{directory.checkpoints} contains checkpoints that were not saved by a training run")
     # Use the current metrics and callbacks, which do not affect results, because unregistered names would be rejected.
     saved_config["trainer"] |= {name: list(getattr(run.config.trainer, name)) for name in ("metrics", "callbacks")}
-    old_config = config_in(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))
+    old_config = build_config([flatten(saved_config, Path(f"{directory.checkpoints}/step-{restored.step:08d}"))])
     if directory.resume == "if_saved":
         check_same_run("checkpoint_dir", str(directory.checkpoints), old_config, run.config)
     for name, old, new in changed_fields(old_config, run.config):
