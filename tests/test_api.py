@@ -1,7 +1,6 @@
 """Training called from Python."""
 
 import importlib
-import json
 import signal
 import threading
 from pathlib import Path
@@ -13,30 +12,19 @@ import pytest
 from sophia_levanter import checkpoint, train
 from sophia_levanter.config.command_line import load_config
 from sophia_levanter.errors import InputError
-from sophia_levanter.main import main
 from sophia_levanter.models.language_model import abstract_model
 from sophia_levanter.run.run import Run
+from tiny_runs import metrics
 
 
-def losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["train/loss"] for record in records if "train/loss" in record]
-
-
-@pytest.fixture(scope="module")
-def known() -> list[float]:
-    """Filled by the first test that asks for the command's losses."""
-    return []
+def losses(run_dir: Path) -> list[float | None]:
+    return list(metrics(run_dir).values())
 
 
 @pytest.fixture
-def command_losses(config_file, tmp_path, known):
+def command_losses(finished_run):
     """The losses of the command line's run."""
-    if not known:
-        run_dir = tmp_path / "command"
-        assert main(["--config", str(config_file), "--trainer.run_dir", str(run_dir)]) == 0
-        known += losses(run_dir)
-    return known
+    return losses(finished_run.path)
 
 
 def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path, monkeypatch):
