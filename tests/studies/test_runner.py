@@ -13,43 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from sophia_levanter.checkpoint.manifest import FILE_NAME, Manifest, SavedArray, encode_manifest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runner import Job, RunFailed, do, job_directory, record_of, remove_checkpoints
 from sophia_levanter.studies.runs import read_files
 from sophia_levanter.studies.sharing import Start
+from tiny_runs import FACTS, MODEL, run_config, write_manifest, write_run
 
-MODEL = Gpt2Config(num_layers=1, num_heads=1, embed_dim=8, seq_len=10)
-CONFIG = TrainConfig(
-    model=MODEL,
-    optimizer=SophiaGConfig(interval=2, warmup=0),
-    trainer=TrainerConfig(num_train_steps=4, batch_size=5),
-)
+CONFIG = run_config(trainer={"num_train_steps": 4})
 # The padded vocabulary, positions, a block's matrices and three norms.
 PARAMETERS = 8 * (384 + 10 + 12 * 8 + 3)
-FACTS = {"data": {"digest": "abc"}, "environment": {"jax": "1"}, "validation": {"digest": "def"}}
-
-
-def write_metrics(directory: Path, lines: list[dict]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_checkpoint(directory: Path, step: int) -> None:
-    folder = directory / "checkpoints" / f"step-{step:08}"
-    folder.mkdir(parents=True)
-    arrays = [
-        SavedArray(path, path, shape, "float32", shape, "", {})
-        for path, shape in {"model.a": (3, 4), "model.b": (5,), "optimizer.a": (3, 4), "step": ()}.items()
-    ]
-    (folder / FILE_NAME).write_bytes(encode_manifest(Manifest("id", step, 0.0, FACTS, "arrays", arrays)))
 
 
 def step_line(step: int, loss: float | None, seconds: float, **more: float | None) -> dict:
@@ -71,9 +48,9 @@ def read_record(config: TrainConfig, directory: Path, *, diverged: bool) -> Reco
 
 
 def test_what_a_finished_run_says(tmp_path):
-    write_metrics(tmp_path, METRICS)
-    write_checkpoint(tmp_path, 2)
-    write_checkpoint(tmp_path, 4)
+    write_run(tmp_path, lines=METRICS)
+    write_manifest(tmp_path / "checkpoints", 2)
+    write_manifest(tmp_path / "checkpoints", 4)
     record = read_record(CONFIG, tmp_path, diverged=False)
     assert record.config == flat_config(CONFIG)
     assert (record.status, record.loss, record.bits_per_byte) == ("done", 2.5, 3.5)
@@ -91,8 +68,8 @@ def test_what_a_finished_run_says(tmp_path):
 
 def test_a_long_run_has_fifty_points(tmp_path):
     config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup=0), trainer=TrainerConfig(num_train_steps=500))
-    write_metrics(tmp_path, [step_line(i, i / 10, 0.1) for i in range(500)])
-    write_checkpoint(tmp_path, 500)
+    write_run(tmp_path, lines=[step_line(i, i / 10, 0.1) for i in range(500)])
+    write_manifest(tmp_path / "checkpoints", 500)
     record = read_record(config, tmp_path, diverged=True)
     assert len(record.training) == 50
     assert record.training[0] == [10, pytest.approx(0.45)]
@@ -102,8 +79,8 @@ def test_a_long_run_has_fifty_points(tmp_path):
 
 
 def test_a_run_that_was_stopped_has_diverged(tmp_path):
-    write_metrics(tmp_path, METRICS[:4])
-    write_checkpoint(tmp_path, 3)
+    write_run(tmp_path, lines=METRICS[:4])
+    write_manifest(tmp_path / "checkpoints", 3)
     record = read_record(CONFIG, tmp_path, diverged=True)
     assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
     assert (record.validation, record.parameters) == ([[2, 4.0]], PARAMETERS)
@@ -112,14 +89,14 @@ def test_a_run_that_was_stopped_has_diverged(tmp_path):
 @pytest.mark.parametrize("last", [{"validation/loss": None}, {}])
 def test_a_last_loss_that_is_not_finite_is_a_divergence(last, tmp_path):
     """Infinity is null in the metrics, and not-a-number is not there; the loss of an earlier step is no result."""
-    write_metrics(tmp_path, [*METRICS[:5], {"step": 3, **last}])
-    write_checkpoint(tmp_path, 4)
+    write_run(tmp_path, lines=[*METRICS[:5], {"step": 3, **last}])
+    write_manifest(tmp_path / "checkpoints", 4)
     record = read_record(CONFIG, tmp_path, diverged=False)
     assert (record.status, record.loss, record.bits_per_byte) == ("diverged", None, None)
 
 
 def test_a_run_may_diverge_before_its_first_checkpoint(tmp_path):
-    write_metrics(tmp_path, METRICS[:2])
+    write_run(tmp_path, lines=METRICS[:2])
     record = read_record(CONFIG, tmp_path, diverged=True)
     assert (record.status, record.parameters, list(record.facts)) == ("diverged", PARAMETERS, ["version"])
 
@@ -179,7 +156,7 @@ def pretend(monkeypatch, tmp_path):
 
 def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
     job, _ = pretend("log([5.0] * 4, last=2.0)")
-    write_checkpoint(job.directory, 4)
+    write_manifest(job.directory / "checkpoints", 4)
     record = do(job)
     remove_checkpoints([job.directory], [])
     assert (record.status, record.loss, record.parameters) == ("done", 2.0, PARAMETERS)
@@ -204,11 +181,11 @@ def test_a_run_saves_after_the_step_that_it_is_to_keep(step, every, wanted, pret
 def test_a_checkpoint_stays_for_a_longer_run_until_that_is_done(saved, stays, pretend):
     job, _ = pretend("log([5.0] * 4, last=2.0)")
     for step in saved:
-        write_checkpoint(job.directory, step)
+        write_manifest(job.directory / "checkpoints", step)
     job = dataclasses.replace(job, keep_step=3)
     assert "shared_steps" not in do(job).facts
     longer = Job(job.config, job.directory.with_name("longer"), start=Start(job.directory, 3))
-    write_checkpoint(longer.directory, 1)
+    write_manifest(longer.directory / "checkpoints", 1)
     remove_checkpoints([job.directory, longer.directory], [longer])
     assert (job.directory / "checkpoints").exists() == stays
     assert (longer.directory / "checkpoints").exists()
@@ -224,7 +201,7 @@ def test_a_checkpoint_stays_for_a_longer_run_until_that_is_done(saved, stays, pr
 def test_a_run_whose_record_was_not_written_is_taken_over(pretend):
     """Its checkpoint is there until then: the run has nothing left to do, and tells the same once more."""
     job, _ = pretend("if not metrics.exists(): log([5.0] * 4, last=2.0)")
-    write_checkpoint(job.directory, 4)
+    write_manifest(job.directory / "checkpoints", 4)
     record = do(job)
     assert record.facts["data"] == FACTS["data"]
     assert do(job) == record
@@ -278,7 +255,7 @@ def test_a_run_that_diverges_is_stopped(pretend):
 def test_what_an_attempt_before_left_is_not_this_run(lines, pretend):
     """Its metrics stand there until the run replaces them, and need not end where the new lines begin."""
     job, _ = pretend("time.sleep(0.3); log([5.0] * 100, last=2.0); time.sleep(0.3)")
-    write_metrics(job.directory, [step_line(i, 5.0 if i < 50 else 9.0, 0.123) for i in range(lines)])
+    write_run(job.directory, lines=[step_line(i, 5.0 if i < 50 else 9.0, 0.123) for i in range(lines)])
     assert do(job).loss == 2.0
 
 
