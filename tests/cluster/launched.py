@@ -109,3 +109,18 @@ def training_process(run_dir, process_id=None):
             if str(run_dir) in Path(process.cwd(), words[words.index("--config") + 1]).read_text():
                 return process
     return None
+
+
+def lives(pid):
+    """Whether a process is there; one that has ended, and that nobody has asked for its status, is not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until_gone(pid):
+    until = time.monotonic() + 30
+    while lives(pid):
+        assert time.monotonic() < until, "still there"
+        time.sleep(0.02)

@@ -5,9 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from launched import wait_until_gone
 
 # Says that it is there, then what it hears; without end unless told.
 CHILD = """
@@ -45,21 +45,6 @@ def start(tmp_path):
 
 def child(*words):
     return [sys.executable, "-c", CHILD, *words]
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pid):
-    deadline = time.monotonic() + 30
-    while alive(pid):
-        assert time.monotonic() < deadline, "still there"
-        time.sleep(0.02)
 
 
 def test_the_end_of_standard_input_is_a_sigterm_and_the_status_is_passed_on(start, tmp_path):

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from launched import lives, wait_until_gone
 
 from sophia_levanter.cluster import supervisor
 from sophia_levanter.cluster.attempt import Attempt
@@ -82,13 +82,6 @@ def run(tmp_path, backend, **policy):
         ).run()
     assert backend.released == 1
     return status, said, record
-
-
-def lives(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_all_processes_end_well(tmp_path):
@@ -282,12 +275,7 @@ run(pathlib.Path({str(tmp_path)!r}), Scripts(["echo $$ > {tmp_path}/pid; exec sl
     finally:
         process.kill()
         process.wait()
-    pid = int((tmp_path / "pid").read_text())
-    for _ in range(500):
-        if not lives(pid):
-            break
-        time.sleep(0.02)
-    assert not lives(pid)
+    wait_until_gone(int((tmp_path / "pid").read_text()))
     assert not LaunchRecord(tmp_path / "run" / "launch").is_held
 
 
