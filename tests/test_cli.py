@@ -23,6 +23,7 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
         (["xyz"], 2, ", launch, tpu\n"),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
         (["train", "--help"], 0, "--optimizer.learning_rate"),
+        *(([verb, "--help"], 0, f"usage: python -m sophia_levanter.commands.{verb} ") for verb in list(cli.VERBS)[1:]),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["prepare_data", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),

@@ -187,11 +187,6 @@ def test_a_damaged_step_is_a_failure(trained, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_help(capsys):
-    assert evaluate.main(["--help"]) == 0
-    assert capsys.readouterr().out == evaluate.USAGE + "\n"
-
-
 def test_progress_is_told_now_and_then(monkeypatch, capsys):
     clock = iter(range(0, 100, 3))
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))

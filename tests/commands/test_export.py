@@ -87,11 +87,6 @@ def test_a_folder_of_transformers_goes_out_with_the_tokenizer_that_is_named(gpt2
         np.testing.assert_array_equal(a, b)
 
 
-def test_help(capsys):
-    assert export.main(["--help"]) == 0
-    assert capsys.readouterr().out == export.USAGE + "\n"
-
-
 def test_a_link_to_an_empty_folder_stays_one(gpt2_folder, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")

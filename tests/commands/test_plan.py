@@ -70,11 +70,6 @@ def test_bad_input_is_one_line(words, message, capsys):
     assert printed.err.count("\n") == 1
 
 
-def test_help(capsys):
-    assert plan.main(["--help"]) == 0
-    assert "--target TPU" in capsys.readouterr().out
-
-
 def planned(*words, flags=""):
     command = [sys.executable, "-m", "sophia_levanter.commands.plan", *words]
     environment = os.environ | {"XLA_FLAGS": flags}

@@ -200,11 +200,6 @@ def test_damage_is_a_failure(run_dir, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
-def test_help(capsys):
-    assert sample.main(["--help"]) == 0
-    assert "--top_p P" in capsys.readouterr().out
-
-
 def test_ctrl_c_ends_it_at_once(run_dir):
     words = [sys.executable, "-m", "sophia_levanter.commands.sample", str(run_dir), "--prompt", "To"]
     process = subprocess.Popen(
