@@ -130,12 +130,7 @@ def test_an_answer_before_training_is_all_that_is_printed(
 
 
 BAD = {
-    "misspelt key": (["--optimizer.lerning_rate", "1"], "optimizer.learning_rate"),
-    "wrong type": (["--trainer.num_train_steps", "many"], "trainer.num_train_steps is 'many'"),
-    "unknown optimizer": (["--optimizer.type", "sofia"], "sophia_g"),
     "unknown tokenizer": (["--data.tokenizer", "gpt3"], "gpt2"),
-    "heads": (["--model.num_heads", "3"], "model.num_heads 3 does not divide model.embed_dim 16"),
-    "microbatches": (["--trainer.microbatch_size", "5"], "trainer.microbatch_size 5 does not divide"),
     "curvature microbatches": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "5"],
         "optimizer.curvature_microbatch_size 5 does not divide trainer.batch_size 16",
@@ -161,10 +156,6 @@ BAD = {
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
         "optimizer.denominator is 'add', but sophia_h's curvature may be negative, which can reverse the step; use max",
     ),
-    "eps": (["--optimizer.eps", "1e-50"], "optimizer.eps is 1e-50"),
-    "warm-up": (["--optimizer.warmup", "99"], "optimizer.warmup 99"),
-    "another run": (["--trainer.run_dir", "FULL"], "already contains files"),
-    "auto without a directory": (["--resume", "auto"], "trainer.run_dir"),
 }
 
 
@@ -174,33 +165,21 @@ def test_bad_input_is_one_line_and_writes_nothing(name, config_file, tmp_path, c
     monkeypatch.chdir(tmp_path)
     for file, content in {"empty.txt": b"", "binary.txt": b"\x80\x81\x00\xff" * 9, "short.txt": b"a b"}.items():
         (tmp_path / file).write_bytes(content)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    files = {"EMPTY": "empty.txt", "BINARY": "binary.txt", "SHORT": "short.txt", "FULL": "full"}
-    run_dir = [] if name in ("another run", "auto without a directory") else ["--trainer.run_dir", "run"]
-    assert main(["--config", str(config_file), *run_dir, *(files.get(a, a) for a in arguments)]) == 2
+    files = {"EMPTY": "empty.txt", "BINARY": "binary.txt", "SHORT": "short.txt"}
+    assert main(["--config", str(config_file), "--trainer.run_dir", "run", *(files.get(a, a) for a in arguments)]) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert wanted in error
-    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
-        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
-        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
-    ],
-    ids=["srun", "mpirun", "torchrun"],
-)
-def test_a_run_started_several_times_is_refused(variables, config_file, tmp_path, capfd, monkeypatch):
+def test_a_run_started_several_times_is_refused(config_file, tmp_path, capfd, monkeypatch):
+    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert main(["--config", str(config_file), "--trainer.run_dir", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {next(iter(variables))} is 2, but mesh.coordinator is null, ")
+    assert error.startswith("error: SLURM_STEP_NUM_TASKS is 2, but mesh.coordinator is null, ")
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
