@@ -223,14 +223,6 @@ BAD = {
         f"{GOOD}arms: {{a: {{grid: {{optimizer: {{rho: [0.1, big]}}}}}}}}",
         "arm a: FILE: optimizer.rho is 'big'; it must be a finite number",
     ),
-    "list in a grid": (
-        f"{GOOD}arms: {{a: {{grid: {{optimizer: {{rho: [[1, 2]]}}}}}}}}",
-        "arm a: FILE: optimizer.rho is a list; it must be a finite number",
-    ),
-    "setting out of range": (
-        f"{GOOD}arms: {{a: {{settings: {{optimizer: {{rho: -1}}}}}}}}",
-        "arm a: optimizer.rho is -1.0; it must be above 0",
-    ),
     "misspelt setting": (f"{GOOD}{ARM}settings: {{optimizer: {{roh: 1}}}}", "arm a: FILE: unknown key 'optimizer.roh'"),
     "config is a string": (
         "config: tiny.yaml\ntokens: 1\n" + ARM,
@@ -246,24 +238,18 @@ BAD = {
     ),
     "baseline is no arm": (f"{GOOD}{ARM}baseline: b", "FILE: baseline is 'b'; it must be one of the arms a"),
     "baseline is a list": (f"{GOOD}{ARM}baseline: [a]", "FILE: baseline is a list; it must be one of the arms a"),
-    "baseline is a number": (f"{GOOD}{ARM}baseline: 1", "FILE: baseline is 1; it must be one of the arms a"),
     "no lengths": (f"config: [tiny.yaml]\n{ARM}tokens: []", "FILE: tokens is an empty list"),
     "half tokens": (
         f"config: [tiny.yaml]\n{ARM}tokens: [1.5]",
         "FILE: tokens contains 1.5; it must be a list of integers",
     ),
-    "infinite tokens": (f"config: [tiny.yaml]\n{ARM}tokens: 1e999", "FILE: tokens contains inf; it must be"),
     "true tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [true]", "FILE: tokens contains true; it must be"),
     "negative tokens": (f"config: [tiny.yaml]\n{ARM}tokens: [-5]", "FILE: tokens contains -5; it must be at least 1"),
     "too few tokens": (
         f"config: [tiny.yaml]\n{ARM}tokens: 449\nevaluations: 5",
         "arm a: tokens is 449, which is 4 steps; use at least one step for each of the 5 evaluations",
     ),
-    "very many tokens": (f"config: [tiny.yaml]\n{ARM}tokens: {10**400}", "arm a: trainer.num_train_steps is 1000"),
     "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1]; it must not contain duplicates"),
-    "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
-    "a seed is a word": (f"{GOOD}{ARM}seeds: [0, one]", "FILE: seeds contains 'one'; it must be a list of integers"),
-    "negative seed": (f"{GOOD}{ARM}seeds: [-1]", "arm a: trainer.seed is -1; it must be between 0 and"),
     "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations contains 0; it must be at least 1"),
     "evaluations is a list": (f"{GOOD}{ARM}evaluations: [5]", "FILE: evaluations is a list; it must be an integer"),
     "warm-up of more than all": (
