@@ -46,20 +46,17 @@ def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatc
 BAD = {
     "no words": ([], "expected MODEL and OUT_DIR, found 0 arguments"),
     "no folder": (["MODEL"], "expected MODEL and OUT_DIR, found 1 argument"),
-    "too many": (["MODEL", "out", "more"], "found 3 arguments"),
     "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
     "a step of a folder": (
         ["MODEL", "out", "--step", "3"],
         "--step 3 cannot be combined with MODEL, which is not a run",
     ),
-    "no step": (["MODEL", "out", "--step", "-1"], "--step is '-1'; it must be an integer"),
     "files": (["MODEL", "full"], "full already contains files; specify an empty or new folder"),
     "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; specify an empty or new folder"),
     "its own folder": (["MODEL", "MODEL"], "MODEL already contains files"),
     "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
     "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias cannot be combined with MODEL"),
-    "an empty word": (["MODEL", ""], "empty argument"),
     "a folder of another kind": (["full", "out"], "contains no model; expected a run's config.yaml"),
 }
 

@@ -20,10 +20,8 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
     [
         ([], "--config FILE is missing; for example, --config config/gpt2_large_sophia.yaml"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: file not found"),
-        (["--config", NANO, "extra"], "unexpected argument 'extra'; use --SECTION.FIELD VALUE"),
         (["--config", NANO, "--mfu", "1.5"], "--mfu is '1.5'; it must be above 0 and at most 1"),
         (["--config", NANO, "--mfu", "half"], "--mfu is 'half'; it must be above 0 and at most 1"),
-        (["--config", NANO, "--devices", "-3"], "--devices is '-3'; it must be an integer"),
         (
             ["--config", NANO, "--devices", "9" * 5000],
             "--devices is '99999999999999999999…'; it must be an integer",
@@ -47,14 +45,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
             ["--config", NANO, "--target", "v5e:1000x1000"],
             "--target is 'v5e:1000x1000'; each dimension of a v5e topology",
         ),
-        (["--config", NANO, "--trainer.batch_size", "9" * 20], f"trainer.batch_size is {'9' * 20}; it must be"),
-        (
-            ["--config", NANO, "--model.embed_dim", "9" * 11],
-            f"model.embed_dim is {'9' * 11}; it must be between 1 and 1048576",
-        ),
         (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices cannot be combined with --target"),
-        (["--config", NANO, "--mesh.width", "4"], "unknown option '--mesh.width'; valid fields for mesh are"),
-        (["--config", NANO, "--mesh.fsdp", "embd"], "mesh.fsdp is 'embd'; it must be one of embed, mlp"),
         (
             ["--config", NANO, "--devices", "2", "--mesh.model", "4"],
             "mesh: model 4 requires 4 devices, but there are 2",
