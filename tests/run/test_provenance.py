@@ -49,6 +49,7 @@ def test_draws_and_dtypes_are_those_of_the_default_settings(other_setting):
     assert (found.dtype, found.tolist()) == (wanted.dtype, wanted.tolist())
 
 
+@pytest.mark.parametrize("other_setting", ["jax_random_seed_offset"], indirect=True)
 def test_a_run_has_the_fixed_settings(other_setting, config_file, tmp_path, monkeypatch):
     seen = []
 
