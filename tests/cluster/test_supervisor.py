@@ -165,8 +165,10 @@ def test_machines_that_do_not_come_are_a_failure(tmp_path):
     assert "unavailable: no capacity; failures 1 of 10" in said[0]
 
 
-@pytest.mark.parametrize("by_stdin", [False, True])
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (None, 75)])
+@pytest.mark.parametrize(
+    ("by_stdin", "number", "expected"),
+    [(False, signal.SIGTERM, 75), (True, signal.SIGINT, 130), (False, None, 75)],
+)
 def test_told_to_stop_all_save_and_end(by_stdin, number, expected, tmp_path):
     listens, saves = ("", "read line; exit 75") if by_stdin else ("trap 'exit 75' TERM; ", "sleep 1000 & wait")
 
