@@ -46,11 +46,7 @@ class Submission(NamedTuple):
 
 @dataclass(frozen=True)
 class ClusterConfig(Settings, ChoiceRegistry):
-    """Settings shared by all backends: the environment of processes, and limits on failed and preempted attempts.
-
-    Raises:
-        InputError: if a value is out of bounds.
-    """
+    """Settings shared by all backends: the environment of processes, and limits on failed and preempted attempts."""
 
     choice_key: ClassVar[str] = "backend"
     shares_disk: ClassVar[bool] = True  # whether the launcher can read the run directory of the processes

@@ -29,11 +29,7 @@ class Growth(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, ChoiceRegistry):
-    """Settings shared by all models. The vocabulary size comes from the tokenizer.
-
-    Raises:
-        InputError: if a value is out of bounds.
-    """
+    """Settings shared by all models. The vocabulary size comes from the tokenizer."""
 
     section: ClassVar[str] = "model"
     title: ClassVar[str] = "model"  # the model's name in messages

@@ -26,11 +26,7 @@ SMALLEST_EPS = 1e-37  # smaller values become 0 in float32
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings, ChoiceRegistry):
-    """Settings shared by all optimizers, such as the learning rate, its schedule and decoupled weight decay.
-
-    Raises:
-        InputError: if a value is out of bounds.
-    """
+    """Settings shared by all optimizers, such as the learning rate, its schedule and decoupled weight decay."""
 
     section: ClassVar[str] = "optimizer"
 

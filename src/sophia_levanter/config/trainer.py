@@ -278,11 +278,7 @@ SMALLEST_TEMPERATURE = 1e-6  # logits divided by a smaller value may not be fini
 
 @dataclass(frozen=True)
 class Sampling(Settings):
-    """How to sample a token: the temperature is applied first, then `top_k`, then `top_p`.
-
-    Raises:
-        InputError: if a value is out of bounds.
-    """
+    """How to sample a token: the temperature is applied first, then `top_k`, then `top_p`."""
 
     temperature: float = setting(0.8, "sampling temperature; 0 always selects the most likely token", low=0)
     top_k: int | None = setting(None, "sample only from this many of the most likely tokens, including ties", low=1)
