@@ -107,8 +107,6 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     [
         ([], "--config FILE is missing; for example, --config config/gpt2_large_sophia.yaml"),
         (["--config", "CONFIG"], "--cluster FILE is missing; for example, --cluster infra/local.yaml"),
-        (["--config", "nowhere.yaml", "--cluster", "CLUSTER"], "nowhere.yaml: file not found"),
-        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],
@@ -123,7 +121,6 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
             "/proc/no/run cannot be used",
         ),
         (["status"], "expected one run directory"),
-        (["status", "a", "b"], "expected one run directory"),
         (["logs", "FOLDER"], "contains no launched run"),
         (["stop", "nowhere"], "nowhere contains no launched run"),
         (["stats", "FOLDER"], "unknown command 'stats'; choose from status, logs, stop; did you mean status?"),
