@@ -3,7 +3,6 @@
 import importlib
 import signal
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,22 +16,12 @@ from sophia_levanter.run.run import Run
 from tiny_runs import metrics
 
 
-def losses(run_dir: Path) -> list[float | None]:
-    return list(metrics(run_dir).values())
-
-
-@pytest.fixture
-def command_losses(finished_run):
-    """The losses of the command line's run."""
-    return losses(finished_run.path)
-
-
-def test_a_call_trains_as_the_command_does(config_file, command_losses, tmp_path, monkeypatch):
+def test_a_call_trains_as_the_command_does(config_file, finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sophia_levanter.run.run.peak_flops", lambda devices: len(devices) * 1e12)
     result = train(config_file, trainer={"run_dir": tmp_path / "run"})
-    assert losses(result.run_dir) == command_losses
+    assert metrics(result.run_dir) == metrics(finished_run.path)
     assert (result.run_dir, result.step, result.stopped_by) == (tmp_path / "run", 12, None)
-    assert result.train_loss == command_losses[-1]
+    assert result.train_loss == metrics(finished_run.path)[11]
     assert result.validation_loss == result.metrics["validation/loss"] < result.train_loss + 0.5
     assert (result.best_step, result.best_validation_loss) == (12, result.validation_loss)
     assert result.checkpoint == str(tmp_path / "run" / "checkpoints" / "step-00000012")
@@ -81,7 +70,7 @@ def test_bad_input_is_one_line(arguments, options, message, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, stop_after):
+def test_ctrl_c_is_raised_after_the_save(config_file, finished_run, tmp_path, stop_after):
     run_dir = tmp_path / "run"
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop_after(3, signal.SIGINT)
@@ -91,7 +80,7 @@ def test_ctrl_c_is_raised_after_the_save(config_file, command_losses, tmp_path, 
     stopped_at = checkpoint.steps(run_dir / "checkpoints")[-1]
     assert 4 <= stopped_at < 12
     assert train(config_file, trainer={"run_dir": run_dir}, resume="auto").step == 12
-    assert losses(run_dir) == command_losses
+    assert metrics(run_dir) == metrics(finished_run.path)
 
 
 @pytest.mark.slow
@@ -108,7 +97,7 @@ def test_the_programs_own_handler_gets_sigterm_after_the_save(config_file, tmp_p
 
 
 @pytest.mark.slow
-def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path, monkeypatch):
+def test_threads_train_one_after_the_other(config_file, finished_run, tmp_path, monkeypatch):
     """In a directory that each gets for itself, although they begin in the same second."""
     monkeypatch.chdir(tmp_path)
     results = []
@@ -118,13 +107,13 @@ def test_threads_train_one_after_the_other(config_file, command_losses, tmp_path
     for thread in threads:
         thread.join()
     assert len({result.run_dir for result in results}) == 2
-    assert [losses(result.run_dir) for result in results] == [command_losses, command_losses]
+    assert [metrics(result.run_dir) for result in results] == [metrics(finished_run.path)] * 2
 
 
 @pytest.mark.slow
-def test_a_run_from_before_a_leaf_was_added_goes_on(config_file, command_losses, tmp_path):
-    run_dir, new = tmp_path / "run", "optimizer_state.steps_since_refresh"
-    checkpoints = train(config_file, trainer={"run_dir": run_dir}).run_dir / "checkpoints"
+def test_a_run_from_before_a_leaf_was_added_goes_on(finished_run, tmp_path):
+    run_dir, new = finished_run.copy(tmp_path / "run"), "optimizer_state.steps_since_refresh"
+    checkpoints = run_dir / "checkpoints"
     old = checkpoint.read_step(checkpoints, 6)
     arrays = dict(checkpoint.read_arrays(checkpoints, old))
     assert arrays.pop(new) == 3
@@ -133,7 +122,7 @@ def test_a_run_from_before_a_leaf_was_added_goes_on(config_file, command_losses,
     kept = checkpoint.Retention(2)
     checkpoint.save(checkpoints, 6, arrays, run_id=old.run_id, metadata=old.metadata, retention=kept)
     train(resume=run_dir)
-    assert losses(run_dir)[-6:] == command_losses[-6:]
+    assert metrics(run_dir) == metrics(finished_run.path)
     assert dict(checkpoint.read_arrays(checkpoints, checkpoint.read_step(checkpoints, 12)))[new] == 3
 
 

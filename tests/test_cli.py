@@ -22,11 +22,8 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
         (["trian"], 2, f"error: unknown command 'trian'; choose from {', '.join(cli.VERBS)}; did you mean train?\n"),
         (["xyz"], 2, ", launch, tpu\n"),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
-        (["train", "--help"], 0, "--optimizer.learning_rate"),
-        *(([verb, "--help"], 0, f"usage: python -m sophia_levanter.commands.{verb} ") for verb in list(cli.VERBS)[1:]),
+        *(([verb, "--help"], 0, "usage: ") for verb in cli.VERBS),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["compare", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["prepare_data", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["inspect_data", "nowhere"], 2, "nowhere contains no finished token store"),
     ],
 )

@@ -87,8 +87,10 @@ REFUSED = (
 
 def test_refusals(config_file, tmp_path, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "full")
+    full = write_run(tmp_path / "full")
+    before = sorted(full.iterdir())
     check("refusals", "".join(said(main, f"--config tiny.yaml {words}", 2) for words in REFUSED), tmp_path)
+    assert sorted(full.iterdir()) == before and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("cluster", ["local\nprocesses: 2", "ray\nworkers: 2"])

@@ -101,19 +101,11 @@ def test_another_platform_is_bad_input(config_file, tmp_path):
     assert "nosuch" in done.stderr
 
 
-def test_the_real_command(config_file, tmp_path):
-    arguments = command("--config", config_file, "--trainer.sed", "1")
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "trainer.seed" in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "wanted"),
     [
         (["--help"], 0, "--optimizer.rho"),
         (["--config", "CONFIG", "--print_config"], 0, "learning_rate: 0.01"),
-        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["--config", "CONFIG", "--data.train", "*.none"], 2, "*.none"),
         (["--resume", "NOWHERE"], 2, "NOWHERE"),
     ],
@@ -130,14 +122,9 @@ def test_an_answer_before_training_is_all_that_is_printed(
 
 
 BAD = {
-    "unknown tokenizer": (["--data.tokenizer", "gpt3"], "gpt2"),
     "curvature microbatches": (
         ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "5"],
         "optimizer.curvature_microbatch_size 5 does not divide trainer.batch_size 16",
-    ),
-    "curvature devices": (
-        ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.curvature_microbatch_size", "4"],
-        "optimizer.curvature_microbatch_size 4 is not divisible by the 8 devices on mesh.data",
     ),
     "cudnn": (
         ["--model.attention", "cudnn"],
@@ -147,26 +134,22 @@ BAD = {
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
         "is not divisible by the 8 devices on mesh.data",
     ),
-    "missing file": (["--data.train", "nowhere.txt"], "nowhere.txt"),
     "empty file": (["--data.train", "EMPTY"], "empty"),
     "binary file": (["--data.train", "BINARY"], "binary.txt"),
     "short text": (["--data.train", "SHORT"], "model.seq_len"),
-    "steps": (["--trainer.num_train_steps", "3000000000"], "must be between 1 and 2147483647"),
-    "added eps": (
-        ["--optimizer.type", "sophia_h", "--optimizer.rho", "0.1", "--optimizer.denominator", "add"],
-        "optimizer.denominator is 'add', but sophia_h's curvature may be negative, which can reverse the step; use max",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(name, config_file, tmp_path, capfd, monkeypatch):
+    """What is found before that is in tests/snapshots/refusals.txt."""
     arguments, wanted = BAD[name]
     monkeypatch.chdir(tmp_path)
     for file, content in {"empty.txt": b"", "binary.txt": b"\x80\x81\x00\xff" * 9, "short.txt": b"a b"}.items():
         (tmp_path / file).write_bytes(content)
     files = {"EMPTY": "empty.txt", "BINARY": "binary.txt", "SHORT": "short.txt"}
-    assert main(["--config", str(config_file), "--trainer.run_dir", "run", *(files.get(a, a) for a in arguments)]) == 2
+    words = ["--config", str(config_file), "--trainer.run_dir", "run", *(files.get(a, a) for a in arguments)]
+    assert main(words) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert wanted in error
