@@ -112,13 +112,6 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
     [
         (prepare_data, [], "--config FILE is missing"),
         (prepare_data, ["--config", "CONFIG", "--data.train", "/gone"], "data.train: no file matches"),
-        (prepare_data, ["--config", "CONFIG", "--data.num_workers", "-1"], "data.num_workers is -1"),
-        (prepare_data, ["--config", "CONFIG", "--data.invalid_utf8", "drop"], "data.invalid_utf8 is 'drop'"),
-        (
-            prepare_data,
-            ["--config", "CONFIG", "--data.bad_rows", "drop"],
-            "data.bad_rows is 'drop'; it must be error or skip",
-        ),
         (prepare_data, ["--config", "CONFIG", "--data.document_separator", ""], "data.document_separator is empty"),
         (
             prepare_data,
@@ -129,7 +122,6 @@ def test_held_out_documents_train_no_tokenizer(config: str, tmp_path: Path, caps
         (inspect_data, ["/gone"], "no finished token store"),
         (inspect_data, ["/gone", "--documents", "-1"], "--documents is '-1'"),
         (inspect_data, ["/gone", "--seq_len", "0"], "--seq_len is 0; it must be at least 1"),
-        (inspect_data, ["gs:/bucket"], "no finished token store"),
         (train_tokenizer, ["--config", "CONFIG"], "--vocab_size N is missing; GPT-2 uses 50257"),
         (train_tokenizer, ["--config", "CONFIG", "--vocab_size", "x", "--out", "a.tiktoken"], "--vocab_size is 'x'"),
         (

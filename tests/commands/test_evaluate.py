@@ -145,8 +145,8 @@ def test_an_exported_model_on_a_text(trained, other, evaluated):
 BAD = {
     "no model": ([], "expected one MODEL, found 0"),
     "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
+    "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be an integer"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
-    "no such step": (["RUN", "--step", "7"], "has no checkpoint for step 7; available steps: 6, 12"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is not a run"),
     "no such text": (["RUN", "--data.validation", "nowhere.txt"], "nowhere.txt"),
     "another vocabulary": (
@@ -157,7 +157,6 @@ BAD = {
         ["FOLDER", "--data.tokenizer", "WORDS"],
         "WORDS differs from the one that FOLDER was trained with; set --data.tokenizer bytes",
     ),
-    "a mesh of more devices": (["RUN", "--mesh.model", "16"], "but there are 8"),
 }
 
 

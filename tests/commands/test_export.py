@@ -45,19 +45,10 @@ def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatc
 
 BAD = {
     "no words": ([], "expected MODEL and OUT_DIR, found 0 arguments"),
-    "no folder": (["MODEL"], "expected MODEL and OUT_DIR, found 1 argument"),
     "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
-    "a step of a folder": (
-        ["MODEL", "out", "--step", "3"],
-        "--step 3 cannot be combined with MODEL, which is not a run",
-    ),
     "files": (["MODEL", "full"], "full already contains files; specify an empty or new folder"),
     "a file": (["MODEL", "full/notes.txt"], "notes.txt is a file; specify an empty or new folder"),
-    "its own folder": (["MODEL", "MODEL"], "MODEL already contains files"),
-    "another tokenizer": (["MODEL", "out", "--data.tokenizer", "bites"], "did you mean bytes?"),
-    "another model": (["MODEL", "out", "--model.use_bias", "false"], "--model.use_bias cannot be combined with MODEL"),
-    "a folder of another kind": (["full", "out"], "contains no model; expected a run's config.yaml"),
 }
 
 
@@ -67,11 +58,10 @@ def test_bad_input_is_one_line_and_writes_nothing(name, trained, tmp_path, monke
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     words, wanted = BAD[name]
-    model = str(trained / "exported")
-    assert export.main([word.replace("MODEL", model) for word in words]) == 2
+    assert export.main([word.replace("MODEL", str(trained / "exported")) for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert (wanted if name in ("no words", "no folder") else wanted.replace("MODEL", model)) in error
+    assert wanted in error
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
 
 

@@ -107,6 +107,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
     [
         ([], "--config FILE is missing; for example, --config config/gpt2_large_sophia.yaml"),
         (["--config", "CONFIG"], "--cluster FILE is missing; for example, --cluster infra/local.yaml"),
+        (["--config", "CONFIG", "--cluster", "nowhere.yaml"], "nowhere.yaml: file not found"),
         (["--config", "CONFIG", "--cluster", "CONFIG"], "backend is missing"),
         (
             ["--config", "CONFIG", "--cluster", "CLUSTER", "--mesh.coordinator", "auto", "--trainer.run_dir", "run"],

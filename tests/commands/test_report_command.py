@@ -127,18 +127,6 @@ def test_runs_of_little(lines, runs, capfd):
     assert ("Not measured yet." in Page(runs / "r.html").text) == (lines[0]["step"] == 0 or len(lines) == 1)
 
 
-@pytest.mark.usefixtures("no_svgs")
-def test_names_are_text(runs, capfd):
-    name = "<img onerror>&'\" $x_1$ 日😀"
-    write_run(runs / "other", run_config(data={"train": "/a<script>b.txt"}))
-    words = [f"{name}={runs / 'sophia'}", f"_b={runs / 'adamw'}", f"c{'c' * 300}={runs / 'other'}"]
-    status, _, error = command(capfd, *words, "-o", runs / "r.html")
-    assert (status, error) == (0, "")
-    found = Page(runs / "r.html")
-    assert name in found.text and "/a<script>b.txt" in found.text
-    assert not [tag for tag, e in found.elements if tag == "script" or "onerror" in e]
-
-
 @pytest.mark.usefixtures("no_pngs", "no_svgs")
 def test_runs_of_different_tokenizers_are_compared_in_bits_per_byte(runs, capfd):
     write_run(runs / "gpt2", run_config(data={"tokenizer": "gpt2"}))
@@ -184,9 +172,7 @@ BAD = {
     "sophia x=sophia": "x=sophia is the same run as sophia",
     "sophia sophia=adamw": "two runs are named sophia: sophia and adamw; rename one of them with NAME=RUN_DIR",
     "=sophia": "'=sophia' is missing a name or a directory",
-    "x=": "'x=' is missing a name or a directory",
     "empty": "empty contains no config.yaml; specify a run directory",
-    "bad_config": "bad_config/config.yaml: unknown key 'trainer.bathc_size'",
 }
 
 
@@ -195,7 +181,6 @@ def test_bad_input_is_one_line(words, runs, capfd, monkeypatch):
     monkeypatch.chdir(runs)
     for name in ("empty", "folder.html"):
         (runs / name).mkdir()
-    (write_run(runs / "bad_config") / "config.yaml").write_text("trainer: {bathc_size: 3}\n")
     before = sorted(runs.rglob("*"))
     status, out, error = command(capfd, *words.split())
     assert (status, out) == (2, "")

@@ -1,7 +1,6 @@
 """`sample`: what it prints where, and what it refuses."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -138,38 +137,29 @@ def test_a_reader_that_leaves(run_dir):
     ("words", "message"),
     [
         ([], "expected one MODEL, found 0; pass each prompt with --prompt"),
-        (["RUN", "Once upon"], "expected one MODEL, found 2"),
-        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, but the model's context length is 16"),
         (
             ["RUN", "--prompt", "x", "--prompt", "y" * 1700],
             "prompt 2 has 1,700 tokens, but the model's context length is 16",
         ),
         (["RUN", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["RUN", "--seed", "-1"], "--seed is '-1'; it must be an integer"),
-        (["RUN", "--top_k", "0"], "top_k is 0; it must be at least 1"),
-        (["RUN", "--top_p", "0"], "top_p is 0.0; it must be in (0, 1]"),
+        (["RUN", "--top_p", "1.5"], "top_p is 1.5; it must be in (0, 1]"),
         (["RUN", "--top_p", "most"], "--top_p is 'most'; it must be a number"),
         (["RUN", "--temperature", "nan"], "temperature is nan"),
         (["RUN", "--prompt", "a\udcff"], r"--prompt 'a\udcff' is not valid UTF-8"),
         ([""], "empty argument"),
         (["RUN", "--prompt_file", "nowhere.txt"], "nowhere.txt cannot be read: No such file or directory"),
-        (["RUN", "--prompt_file", "HERE"], "--prompt_file HERE cannot be read: Is a directory"),
         (["RUN", "--prompt_file", "HERE/empty"], "--prompt_file HERE/empty is empty"),
         (
             ["RUN", "--prompt_file", "HERE/latin1"],
             "--prompt_file HERE/latin1 is not valid UTF-8: invalid byte at offset 3",
         ),
-        (["RUN", "--step", "3"], "RUN/checkpoints has no checkpoint for step 3; available steps: 6, 12"),
         (["HERE/nowhere"], "HERE/nowhere does not exist; specify a run directory"),
-        (["HERE"], "HERE contains no model; expected a run's config.yaml"),
-        (["HERE/begun"], "HERE/begun: the run has not saved a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(words, message, run_dir, tmp_path, capsys):
     (tmp_path / "empty").write_text("")
     (tmp_path / "latin1").write_bytes("naïve".encode("latin1").replace(b"na", b"nai"))
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/config.yaml").write_text((run_dir / "config.yaml").read_text())
 
     def filled(text):
         return text.replace("RUN", str(run_dir)).replace("HERE", str(tmp_path))
@@ -181,15 +171,6 @@ def test_bad_input_is_one_line(words, message, run_dir, tmp_path, capsys):
     line = shown.err.splitlines()[-1]
     assert line.startswith("error: ") and filled(message) in line
     assert [line for line in shown.err.splitlines() if not line.startswith("model: ")] == [line]
-
-
-def test_damage_is_a_failure(run_dir, tmp_path, capsys):
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir, copy)
-    for step in ("00000006", "00000012"):
-        (copy / f"checkpoints/step-{step}/manifest.json").write_text("{}")
-    assert sample.main([str(copy)]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_ctrl_c_ends_it_at_once(run_dir):
