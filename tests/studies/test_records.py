@@ -24,14 +24,11 @@ def test_records_are_read_back_as_they_were(make_record, tmp_path):
     write_records(tmp_path / "study.json", "näme", records)
     assert read_records(tmp_path / "study.json") == records
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
-
-
-def test_no_file_is_no_records(tmp_path):
+    write_records(tmp_path / "study.json", "none", [])
     assert read_records(tmp_path / "study.json") == []
 
 
-def test_no_records_are_read_back(tmp_path):
-    write_records(tmp_path / "study.json", "none", [])
+def test_no_file_is_no_records(tmp_path):
     assert read_records(tmp_path / "study.json") == []
 
 
@@ -51,11 +48,11 @@ def test_a_writer_that_dies_leaves_the_old_file(make_record, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "text",
     ["", "{", '{"format": 1, "runs": [', "[]", "5", '{"runs": []}', '{"format": 1}', '{"format": 1, "runs": [5]}',
-     '{"format": 1, "runs": [{"loss": 2.0}]}', '{"format": 1, "runs": [{"other": 2.0}]}', "\x00"],
+     '{"format": 1, "runs": [{"loss": 2.0}]}', '{"format": 1, "runs": [{"other": 2.0}]}', "\x00", "\xff\xfe\x80"],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(text, tmp_path):
     file = tmp_path / "study.json"
-    file.write_text(text)
+    file.write_bytes(text.encode("latin1"))
     with pytest.raises(InputError) as caught:
         read_records(file)
     message = str(caught.value)
@@ -70,15 +67,6 @@ def test_a_run_without_a_configuration_is_one_line(make_record, tmp_path):
         InputError, match=r"is not a valid study record: a run's config is not a mapping; move it elsewhere"
     ):
         read_records(file)
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    (tmp_path / "study.json").mkdir()
-    with pytest.raises(InputError, match=r"study\.json is not a valid study record: "):
-        read_records(tmp_path / "study.json")
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(InputError, match="bytes is not a valid study record: "):
-        read_records(tmp_path / "bytes")
 
 
 def test_a_file_of_another_format_is_not_read(tmp_path):

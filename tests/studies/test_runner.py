@@ -16,13 +16,12 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.studies import runner
 from sophia_levanter.studies.records import Record, flat_config
 from sophia_levanter.studies.runner import Job, RunFailed, do, job_directory, record_of, remove_checkpoints
 from sophia_levanter.studies.runs import read_files
 from sophia_levanter.studies.sharing import Start
-from tiny_runs import FACTS, MODEL, run_config, write_manifest, write_run
+from tiny_runs import FACTS, run_config, write_manifest, write_run
 
 CONFIG = run_config(trainer={"num_train_steps": 4})
 # The padded vocabulary, positions, a block's matrices and three norms.
@@ -67,7 +66,7 @@ def test_what_a_finished_run_says(tmp_path):
 
 
 def test_a_long_run_has_fifty_points(tmp_path):
-    config = TrainConfig(model=MODEL, optimizer=AdamWConfig(warmup=0), trainer=TrainerConfig(num_train_steps=500))
+    config = run_config(optimizer=AdamWConfig(warmup=0), trainer={"num_train_steps": 500})
     write_run(tmp_path, lines=[step_line(i, i / 10, 0.1) for i in range(500)])
     write_manifest(tmp_path / "checkpoints", 500)
     record = read_record(config, tmp_path, diverged=True)
@@ -104,10 +103,8 @@ def test_a_run_may_diverge_before_its_first_checkpoint(tmp_path):
 def test_each_configuration_has_a_directory_of_its_own(tmp_path):
     """Also those that make no other run: a run's directory takes no other configuration."""
     assert job_directory(tmp_path, CONFIG) == job_directory(tmp_path, CONFIG)
-    trainers = [TrainerConfig(num_train_steps=4, batch_size=5, **x) for x in ({}, {"seed": 1}, {"evaluate_every": 7})]
-    directories = {
-        job_directory(tmp_path, TrainConfig(model=MODEL, trainer=t, optimizer=CONFIG.optimizer)) for t in trainers
-    }
+    changes = ({}, {"seed": 1}, {"evaluate_every": 7})
+    directories = {job_directory(tmp_path, run_config(trainer=change)) for change in changes}
     assert len(directories) == 3
     assert all(directory.parent == tmp_path for directory in directories)
 
@@ -170,8 +167,7 @@ def test_a_finished_run_is_recorded_and_its_checkpoints_go(pretend):
 def test_a_run_saves_after_the_step_that_it_is_to_keep(step, every, wanted, pretend):
     """At the divisor of the step that is nearest to the usual interval; the last step is saved in any case."""
     job, _ = pretend("log([5.0] * 10, last=2.0)")
-    trainer = TrainerConfig(num_train_steps=10, batch_size=5, checkpoint_every=every)
-    job = dataclasses.replace(job, config=dataclasses.replace(CONFIG, trainer=trainer), keep_step=step)
+    job = dataclasses.replace(job, config=run_config(trainer={"checkpoint_every": every}), keep_step=step)
     do(job)
     written = load_config(job.directory.with_suffix(".yaml")).trainer
     assert (written.checkpoint_every, written.keep_every) == ((wanted, step) if wanted else (every, None))
