@@ -123,16 +123,19 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "sophia_levanter.main", *map(str, arguments)]
 
 
+def xla_flags(devices: int = 1) -> str:
+    """XLA's flags of the tests, for a process with so many devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+
+
 def start(words: Sequence[object], *, devices: int = 1) -> subprocess.Popen[str]:
     """A process, by default on one device, as a user without accelerators has it."""
-    count = "--xla_force_host_platform_device_count="
-    flags = os.environ["XLA_FLAGS"].replace(f"{count}8", f"{count}{devices}")
     return subprocess.Popen(
         list(map(str, words)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices)},
     )
 
 

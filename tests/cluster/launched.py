@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tiny_runs import xla_flags
+
 NANO = Path(__file__).parents[2] / "config" / "gpt2_nano_sophia.yaml"
 # Some 0.15 s a step on one core: time enough to kill something between two of them.
 OPTIONS = [
@@ -36,7 +38,7 @@ class Launched:
         self.run_dir = Path(run_dir)
         self.output = Path(f"{run_dir}.log")
         words = [*common, "--cluster", str(cluster), "--trainer.run_dir", str(run_dir), *options]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device()} | (env or {})
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags()} | (env or {})
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sophia_levanter.commands.launch", *words],
@@ -76,11 +78,6 @@ class Launched:
 
     def status(self):
         return json.loads((self.run_dir / "launch" / "status.json").read_text())
-
-
-def one_device():
-    """XLA's flags of the tests, but for a single device in each process."""
-    return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 
 
 def metrics(run_dir):

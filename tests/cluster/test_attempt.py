@@ -7,6 +7,9 @@ from sophia_levanter.cluster.config import LocalCluster
 from sophia_levanter.cluster.supervisor import Budgets
 from sophia_levanter.status import Failure, Progress
 
+UNSAVED = "as requested, but without saving; the next attempt will resume from the last checkpoint"
+ASKED = "process-1 was asked to stop; the next attempt will resume from the last checkpoint"
+
 
 @pytest.mark.parametrize(
     ("statuses", "told", "kind", "reason"),
@@ -15,24 +18,9 @@ from sophia_levanter.status import Failure, Progress
         ([0, 0], True, "done", "the run is complete"),
         ([75, 75], False, "preempted", "the run was asked to stop and was saved"),
         ([75, 75], True, "stopped", "as requested; the run was saved"),
-        (
-            [75, None],
-            True,
-            "stopped",
-            "as requested, but without saving; the next attempt will resume from the last checkpoint",
-        ),
-        (
-            [75, None],
-            False,
-            "preempted",
-            "process-1 was asked to stop; the next attempt will resume from the last checkpoint",
-        ),
-        (
-            [75, -6],
-            False,
-            "preempted",
-            "process-1 was asked to stop; the next attempt will resume from the last checkpoint",
-        ),
+        ([75, None], True, "stopped", UNSAVED),
+        ([75, None], False, "preempted", ASKED),
+        ([75, -6], False, "preempted", ASKED),
         ([0, None], False, "failed", "process-1 exited, but others did not"),
         ([-9, 75], False, "failed", "process-1 was killed by SIGKILL"),
         ([2, None], False, "refused", "model.num_heads 3: no"),
@@ -40,18 +28,8 @@ from sophia_levanter.status import Failure, Progress
         ([-9, None], False, "failed", "process-1 was killed by SIGKILL"),
         ([None, 137], False, "failed", "process-1 was killed by SIGKILL"),
         ([1, -6], False, "failed", "process-1 exited with status 1"),
-        (
-            [-6, -6],
-            True,
-            "stopped",
-            "as requested, but without saving; the next attempt will resume from the last checkpoint",
-        ),
-        (
-            [None, None],
-            True,
-            "stopped",
-            "as requested, but without saving; the next attempt will resume from the last checkpoint",
-        ),
+        ([-6, -6], True, "stopped", UNSAVED),
+        ([None, None], True, "stopped", UNSAVED),
     ],
 )
 def test_statuses(statuses, told, kind, reason):

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from infra_checks import ROOT, complaints_of_bash
 
 from sophia_levanter.cluster.config import read_cluster
@@ -75,11 +74,6 @@ def test_no_secrets(path):
 )
 def test_a_secret_is_seen(text):
     assert secrets_in(f"first: 1\n{text}\n")
-
-
-@pytest.mark.parametrize("path", LAUNCHER, ids=named)
-def test_launcher_files_are_read(path):
-    assert read_cluster(path).backend == yaml.safe_load(path.read_text())["backend"]
 
 
 def dry_run(path, tmp_path, capsys, *settings):

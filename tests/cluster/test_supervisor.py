@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from launched import lives, wait_until_gone
@@ -265,7 +264,7 @@ def test_one_who_looks_does_not_keep_a_launcher_out(tmp_path):
 def test_a_killed_launcher_leaves_no_process(tmp_path):
     code = f"""
 import sys, pathlib
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:] = {sys.path!r}
 from test_supervisor import *
 run(pathlib.Path({str(tmp_path)!r}), Scripts(["echo $$ > {tmp_path}/pid; exec sleep 1000"]))
 """

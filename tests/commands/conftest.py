@@ -1,9 +1,10 @@
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
+
+from tiny_runs import xla_flags
 
 # 64 tokens in a step.
 TINY = """
@@ -18,8 +19,7 @@ trainer: {batch_size: 2, evaluation_windows: 8, log_every: 100}
 def write(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Writes a study; its runs have one device, as a user without accelerators has it."""
     jax.devices()  # this process keeps its eight
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
     validation = tmp_path / "validation.txt"
     validation.write_text(text_file.read_text()[-2000:])
     names = {"TEXT": text_file, "VALIDATION": validation, "CACHE": tmp_path / "cache"}

@@ -16,7 +16,7 @@ from sophia_levanter.studies.records import Record, find, read_records
 from sophia_levanter.studies.results import collect
 from sophia_levanter.studies.runner import job_directory
 from sophia_levanter.studies.study import plan, read_study
-from tiny_runs import metrics
+from tiny_runs import metrics, xla_flags
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -195,8 +195,7 @@ WANTED = {"sophia_g": (0.08, 0.4, 0.75), "sophia_h": (0.1, 0.35, 0.6), "sophia_g
 
 def quick_study(out: Path, *options: str) -> dict[str, Record]:
     """The records of the quick study by arm."""
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    flags = flags.replace("--xla_backend_optimization_level=0", "")
+    flags = xla_flags().replace("--xla_backend_optimization_level=0", "")
     path = ROOT / "config" / "studies" / "quick.yaml"
     subprocess.run(
         [sys.executable, "-m", "sophia_levanter.commands.compare", "--config", path, "--out", out, *options],

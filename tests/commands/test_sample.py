@@ -10,6 +10,7 @@ import pytest
 from sophia_levanter.commands import sample
 from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.tokenizer import ByteTokenizer
+from tiny_runs import xla_flags
 
 BYTES = ("--data.tokenizer", "bytes")
 END = 256
@@ -123,8 +124,7 @@ def test_what_a_terminal_may_take_for_a_command_is_not_printed():
 def test_a_reader_that_leaves(run_dir):
     """`| head` ends it without a word."""
     command = [sys.executable, "-m", "sophia_levanter.commands.sample", str(run_dir), "--tokens", "100000"]
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | {"XLA_FLAGS": xla_flags()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout.read(1)
         process.stdout.close()

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 from fake_tpu_api import FakeTpuApi, hosts_of_this_machine, serving
-from launched import Launched, losses, one_device, training_process
+from launched import Launched, losses, training_process
 
 import fake_gcs
+from tiny_runs import xla_flags
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +26,7 @@ def test_a_spot_slice_that_is_taken_away(undisturbed, tmp_path):
     with serving(FakeTpuApi(hosts=1)) as api, fake_gcs.serving(fake_gcs.FakeGcs()) as bucket:
         variables = {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": one_device().replace("count=1", "count=2"),
+            "XLA_FLAGS": xla_flags(2),
             "TENSORSTORE_GCS_HTTP_URL": bucket.address,
         }
         lines = ["backend: gcloud", "zone: us-central2-b", "accelerator: v4-8", "capacity: spot", "name: run"]

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from launched import Launched, losses, metrics, one_device, training_process
+from launched import Launched, losses, metrics, training_process
+
+from tiny_runs import xla_flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,7 +34,7 @@ def cluster(tmp_path_factory):
 def cluster_file(tmp_path, cluster, *lines):
     path = tmp_path / "cluster.yaml"
     # Ray's nodes have the environment of these tests.
-    variables = f"{{JAX_PLATFORMS: cpu, XLA_FLAGS: {one_device()}}}"
+    variables = f"{{JAX_PLATFORMS: cpu, XLA_FLAGS: {xla_flags()}}}"
     text = [f"address: {cluster.address}", f"env: {variables}", "stop_timeout: 60", *lines]
     path.write_text("\n".join(["backend: ray", *text]))
     return path
