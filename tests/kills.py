@@ -1,21 +1,16 @@
 """Programs that are killed at work, each in a process of its own.
 
 Such a process is forked from a server that has imported what the programs need, so it starts in milliseconds.
-
-`python tests/kills.py --text FILE --kills 20` kills the preparation of a text at random moments. Each time the same
-preparation goes on; the finished store must be, byte for byte, the one that was never disturbed.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -172,19 +167,3 @@ def kill_at_random(text: str, tokenizer: str, kills: int, work: Path, seed: int)
     assert start(f"killed{attempt}").end()[0] == 0
     assert content(work / f"killed{attempt}") == expected
     return moments
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--tokenizer", default="gpt2")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as work:
-        moments = kill_at_random(arguments.text, arguments.tokenizer, arguments.kills, Path(work), arguments.seed)
-    print(f"killed {len(moments)} times, after {', '.join(f'{moment:.1f}' for moment in moments)} s: the same store")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
 """Runs of two real training processes on this machine, and what befalls them."""
 
-import signal
 import subprocess
 import sys
 
@@ -29,15 +28,6 @@ def test_a_killed_process(victim, cluster_file, undisturbed, tmp_path):
     assert run.status()["attempt"] == 2
 
 
-def test_sigterm_to_a_process_is_a_preemption_of_all(cluster_file, undisturbed, tmp_path):
-    with Launched(tmp_path / "run", cluster_file) as run:
-        run.until_step(15)
-        training_process(run.run_dir, 1).send_signal(signal.SIGTERM)
-        assert run.wait() == 0, run.text
-    assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)
-    assert "preempted: the run was asked to stop and was saved; failures 0 of 10, preemptions 1 of 100" in run.text
-
-
 def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
     launch = [sys.executable, "-m", "sophia_levanter.commands.launch"]
     with Launched(tmp_path / "run", cluster_file) as run:
@@ -56,15 +46,4 @@ def test_stop_and_the_same_command_again(cluster_file, undisturbed, tmp_path):
     assert "stopped: as requested; the run was saved" in run.text
     with Launched(tmp_path / "run", cluster_file) as again:
         assert again.wait() == 0, again.text
-    assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)
-
-
-def test_a_killed_launcher_takes_its_processes_along(cluster_file, undisturbed, tmp_path):
-    with Launched(tmp_path / "run", cluster_file) as run:
-        run.until_step(15)
-        run.process.kill()
-        run.process.wait()
-    with Launched(tmp_path / "run", cluster_file) as again:
-        assert again.wait() == 0, again.text
-    assert "resuming after step" in again.text
     assert losses(run.run_dir) == pytest.approx(undisturbed, abs=1e-5)

@@ -58,6 +58,7 @@ def test_a_plan():
     # The suite's flags have XLA compile in a fraction of the time; the plan has its own number of devices.
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     words = ["--devices", "4", "--gpu", "a100-40", "--mesh.fsdp", "embed", "--model.scan_unroll", "1"]
+    words += ["--trainer.batch_size", "4"]  # one size of microbatch to compile
     lines = planned("--config", config, *words, flags=flags)
     assert lines[0] == "gpt2_nano_sophia_h on 4 x a100-40, 4 devices, data 4, embed over data"
     assert lines[1].startswith("approximate")
@@ -71,9 +72,9 @@ def test_a_plan():
     assert lines[time + 1].startswith("  bounded by communication within a node: compute ")
     assert " s at an MFU of 0.4), memory traffic " in lines[time + 1]
     assert lines[time + 2] == "  hint: use a larger trainer.batch_size"
-    assert lines[time + 3].endswith(" days for 1,000 steps of 1,024 tokens")
+    assert lines[time + 3].endswith(" days for 1,000 steps of 512 tokens")
     assert lines[time + 4].endswith("memory 1,555 GB/s, links within a node 300 GB/s")
-    assert "the largest trainer.microbatch_size that fits is 8 (trainer.batch_size 8)" in lines
+    assert "the largest trainer.microbatch_size that fits is 4 (trainer.batch_size 4)" in lines
     assert any(line.startswith("optimizer.curvature_microbatch_size") or "no optimizer.curv" in line for line in lines)
 
 

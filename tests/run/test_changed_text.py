@@ -91,14 +91,7 @@ def test_checkpoints_that_know_less_of_the_text_are_gone_on_from(of_tokens, tmp_
     assert main(["--resume", str(tmp_path / "run"), "--trainer.num_train_steps", "7"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("large", "side"),
-    [
-        (True, "train"),
-        (False, "validation"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, "train"), (True, "validation")]),
-    ],
-)
+@pytest.mark.parametrize(("large", "side"), [(True, "train"), (False, "validation")])
 def test_a_shard_of_another_text_is_not_trained_on(
     large, side, finished_run, config_file, text_file, tmp_path, monkeypatch, capfd
 ):

@@ -23,10 +23,7 @@ from sophia_levanter.run.run import Run
 from sophia_levanter.tracking.console import Console
 from tiny_runs import metrics
 
-MESHES = {
-    "data": [],
-    "fsdp and model": ["--mesh.data", "4", "--mesh.model", "2", "--mesh.fsdp", "embed"],
-}
+SPLIT = ["--mesh.data", "4", "--mesh.model", "2", "--mesh.fsdp", "embed"]
 BIASES = ["--model.use_bias", "true"]
 
 
@@ -46,15 +43,14 @@ def first_loss(model, config):
     return float(eqx.filter_jit(lambda model, batch: model.losses(batch)[0])(model, batch)) / windows[:, 1:].size
 
 
-@pytest.mark.parametrize("mesh", ["fsdp and model", pytest.param("data", marks=pytest.mark.slow)])
 def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
-    mesh, gpt2_folder, config_file, tmp_path, monkeypatch, stop_after, capfd
+    gpt2_folder, config_file, tmp_path, monkeypatch, stop_after, capfd
 ):
     folder, model = gpt2_folder, saved_model(gpt2_folder)
     run_dir = tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     run = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--trainer.initial_weights", "gpt2"]
-    run += [*BIASES, *MESHES[mesh], "--optimizer.type", "adamw"]
+    run += [*BIASES, *SPLIT, "--optimizer.type", "adamw"]
     stop_after(0)
     assert main(run) == 130
     assert f"initial weights: {folder}\n" in capfd.readouterr().out
@@ -72,11 +68,10 @@ def test_the_first_loss_is_that_of_the_weights_and_going_on_needs_no_file(
     assert load_model(str(run_dir), report=print).step == 12
 
 
-@pytest.mark.parametrize("mesh", ["fsdp and model", pytest.param("data", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["sophia_g", "muon"])
-def test_the_state_has_the_weights_where_drawn_ones_would_lie(mesh, optimizer, gpt2_folder, config_file, tmp_path):
+def test_the_state_has_the_weights_where_drawn_ones_would_lie(optimizer, gpt2_folder, config_file, tmp_path):
     folder, model = gpt2_folder, saved_model(gpt2_folder)
-    options = [*BIASES, *MESHES[mesh], "--optimizer.type", optimizer, "--trainer.parameter_dtype", "bfloat16"]
+    options = [*BIASES, *SPLIT, "--optimizer.type", optimizer, "--trainer.parameter_dtype", "bfloat16"]
     options += ["--trainer.initial_weights", str(folder)]
     names = [name.removeprefix("--") for name in options[::2]]
     config = load_config(config_file, list(zip(names, options[1::2], strict=True)))

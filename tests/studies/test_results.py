@@ -274,12 +274,6 @@ def test_one_seed_has_no_interval(make_cell):
     assert {(s.low, s.high, s.seeds) for s in speed_ups(cells, "fast", "slow")} == {(None, None, 1)}
 
 
-def test_where_seeds_agree_the_interval_is_the_value(make_cell):
-    cells = arm(make_cell, "slow", 1.0, (0.0,) * 3) + arm(make_cell, "fast", 1.5, (0.0,) * 3)
-    for s in speed_ups(cells, "fast", "slow"):
-        assert s.low == s.high == s.factor
-
-
 def test_seeds_are_paired(make_cell):
     """What a seed does to both arms alike is no uncertainty; the same seeds the other way round are."""
     slow = arm(make_cell, "slow", 1.0, (0.1, 0.0, -0.1))
