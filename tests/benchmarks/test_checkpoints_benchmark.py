@@ -3,19 +3,9 @@
 from pathlib import Path
 
 import checkpoints
-import jax
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow  # the benchmarks are no part of the package
-
-
-@pytest.mark.parametrize("way", checkpoints.WAYS)
-def test_each_way_restores_what_it_saved(way: str, tmp_path: Path) -> None:
-    tree = checkpoints.state_of(1)
-    save, restore = checkpoints.WAYS[way]
-    save(tmp_path / way, tree)
-    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / way, tree), tree)
 
 
 @pytest.mark.parametrize("table", checkpoints.TABLES)

@@ -1,6 +1,5 @@
 """`evaluate`: the loss of a run's model, or of an exported one, on a text."""
 
-import json
 import re
 import shutil
 from itertools import pairwise
@@ -15,6 +14,7 @@ from sophia_levanter.commands import evaluate
 from sophia_levanter.data import batches as batches_module
 from sophia_levanter.data.bpe import save_bpe, train_bpe
 from sophia_levanter.run.loading import load_model
+from tiny_runs import metrics
 
 
 @pytest.fixture
@@ -57,11 +57,10 @@ def own_mean(trained, other):
 
 
 def test_it_is_the_runs_own_validation_loss(trained, evaluated):
-    records = [json.loads(line) for line in (trained / "run/metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if "validation/loss" in record][-1]
+    loss, bits = (metrics(trained / "run", f"validation/{name}")[11] for name in ("loss", "bits_per_byte"))
     figures, shown = evaluated("run", "--windows", "10")
-    assert figures["loss"] == pytest.approx(last["validation/loss"], abs=1e-4)
-    assert figures["bits per byte"] == pytest.approx(last["validation/bits_per_byte"], abs=1e-4)
+    assert figures["loss"] == pytest.approx(loss, abs=1e-4)
+    assert figures["bits per byte"] == pytest.approx(bits, abs=1e-4)
     assert f"step 12 of {trained / 'run'}\n" in shown
     assert f"text           the held-out part of {trained / 'text.txt'}, tokenizer bytes\n" in shown
     earlier, _ = evaluated("run", "--windows", "10", "--step", "6")

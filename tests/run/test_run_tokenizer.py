@@ -1,6 +1,5 @@
 """A run has its own tokenizer with it: the original may go, and must not change."""
 
-import json
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from sophia_levanter.data.tokenizer import load_tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.run.loading import keep_tokenizer, load_model, with_kept_tokenizer
+from tiny_runs import metrics
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -55,11 +55,7 @@ def test_a_moved_run_needs_no_other_tokenizer(trained, words, tmp_path, capfd):
     assert load_model(str(tmp_path / "out"), report=print).tokenizer.fingerprint == fingerprint
     assert main(["--resume", str(moved), "--trainer.num_train_steps", "2"]) == 0
     assert main([*command, "--trainer.num_train_steps", "2"]) == 0
-    losses = [
-        [json.loads(line).get("train/loss") for line in (place / "metrics.jsonl").read_text().splitlines()]
-        for place in (run_dir, moved)
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) > 1
+    assert metrics(run_dir) == metrics(moved) and len(metrics(moved)) > 1
     capfd.readouterr()
 
     # One that has changed is not taken, and the copy is still that of the run.

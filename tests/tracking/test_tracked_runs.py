@@ -1,6 +1,5 @@
 """Whole runs and where their numbers go."""
 
-import json
 import re
 import threading
 from pathlib import Path
@@ -17,12 +16,9 @@ from sophia_levanter.run.run import Run
 from sophia_levanter.tracking import tensorboard, wandb
 from sophia_levanter.tracking.jsonl import JsonLines
 from sophia_levanter.training.callbacks import SkippedSteps, TrainingFailed
+from tiny_runs import metrics
 
 BOTH = ["--tracking.wandb", "offline", "--tracking.tensorboard", "true"]
-
-
-def records(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -36,10 +32,10 @@ def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path
     again = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     log = JsonLines.log
 
-    def log_or_fail(self, step, metrics):
+    def log_or_fail(self, step, numbers):
         if step == 9:
             raise OSError(28, "No space left on device")
-        log(self, step, metrics)
+        log(self, step, numbers)
 
     monkeypatch.setattr(JsonLines, "log", log_or_fail)
     # metrics.jsonl is not one of the trackers that a run can do without.
@@ -55,10 +51,10 @@ def test_a_run_that_dies_and_goes_on_is_one_run_everywhere(config_file, tmp_path
     assert [(run["name"], run["exit"]) for run in runs] == [("run", 1), ("again", 0)]
     steps = [[row["step"] for row in run["history"] if "train/loss" in row] for run in runs]
     assert steps == [list(range(9)), list(range(6, 12))]
-    losses = [(r["step"], r["train/loss"]) for r in records(run_dir) if "train/loss" in r]
-    assert [step for step, _ in losses] == list(range(12))
+    losses = metrics(run_dir)
+    assert list(losses) == list(range(12))
     assert [step for step, _ in events(run_dir, "train/loss")] == list(range(12))
-    assert dict(events(run_dir, "train/loss")) == pytest.approx(dict(losses))
+    assert dict(events(run_dir, "train/loss")) == pytest.approx(losses)
     assert [step for step, _ in events(run_dir, "val/loss")] == [5, 11]
 
     # The authors' names, and what the run is of.
@@ -86,7 +82,7 @@ def test_trackers_that_fail_stop_no_run(config_file, tmp_path, monkeypatch, capf
     run_dir = tmp_path / "run"
     arguments = ["--config", str(config_file), "--trainer.run_dir", str(run_dir), "--optimizer.type", "adamw", *BOTH]
     assert main([*arguments, "--quiet"]) == 0
-    assert [record["step"] for record in records(run_dir) if "train/loss" in record] == list(range(12))
+    assert list(metrics(run_dir)) == list(range(12))
     *warnings, done, validation, saved = capfd.readouterr().out.splitlines()
     assert sorted(warnings) == [
         f"WARNING: {name}: [Errno 28] No space left on device; the run continues without it"
@@ -113,8 +109,8 @@ class Recorder:
     def __init__(self):
         self.logged, self.closed = [], []
 
-    def log(self, step, metrics):
-        self.logged.append((step, metrics))
+    def log(self, step, numbers):
+        self.logged.append((step, numbers))
 
     def close(self, *, failed):
         self.closed.append(failed)
@@ -140,4 +136,4 @@ def test_trackers_outlive_a_rollback(config_file, tmp_path, monkeypatch):
     assert main([*arguments, "--trainer.max_rollbacks", "1"]) == 0
     (recorder,) = recorders
     assert recorder.closed == [False]
-    assert [step for step, metrics in recorder.logged if "train/loss" in metrics] == [*range(8), *range(6, 12)]
+    assert [step for step, numbers in recorder.logged if "train/loss" in numbers] == [*range(8), *range(6, 12)]

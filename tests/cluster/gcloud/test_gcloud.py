@@ -150,14 +150,6 @@ def test_another_queued_resource_of_that_name_is_left_alone(api, job):
     assert not api.bodies("DELETE", "")
 
 
-def test_gcloud_is_missing(job, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(
-        InputError, match=r"the gcloud command was not found; install it from https://cloud.google.com/sdk"
-    ):
-        backend().prepare(job, 1, lambda text: None, lambda: False)
-
-
 def test_a_launcher_that_is_told_to_stop_does_not_wait(api, job):
     api.states = ["WAITING_FOR_RESOURCES"]
     said = []

@@ -244,11 +244,6 @@ def test_what_sbatch_refuses(slurm_commands: Path, slurm_run: Job, fields: dict,
     assert str(caught.value) == message
 
 
-def test_misspelt_line_of_the_script_is_noticed():
-    with pytest.raises(SystemExit, match="--node"):
-        fake_slurm.directives("#!/bin/bash\n#SBATCH --node=2\n")
-
-
 SUBMITTING = """
 import sys
 from pathlib import Path
