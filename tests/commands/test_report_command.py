@@ -194,14 +194,6 @@ def test_without_matplotlib_it_says_what_to_install(runs, capfd, monkeypatch):
     assert (status, error) == (2, "error: report requires matplotlib and jinja2; install sophia-levanter[compare]\n")
 
 
-@pytest.mark.usefixtures("no_pngs", "no_svgs")
-def test_the_page_goes_where_nothing_is_said(runs, capfd, monkeypatch):
-    monkeypatch.chdir(runs)
-    status, out, _ = command(capfd, "sophia")
-    assert status == 0 and out.splitlines()[-1].startswith("wrote report.html and ")
-    assert (runs / "report.html").exists() and (runs / "report-loss.png").exists()
-
-
 @pytest.mark.slow
 def test_two_hundred_thousand_lines(runs, capfd):
     path = write_run(runs / "long", run_config(trainer={"num_train_steps": 400_000}), [])

@@ -7,7 +7,7 @@ import pytest
 
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdEMAMixConfig
-from sophia_levanter.config.command_line import Command, load_config
+from sophia_levanter.config.command_line import Command
 from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
@@ -84,21 +84,6 @@ def test_auto_takes_a_slow_warmup_in_steps_that_keeps_the_schedule(tmp_path):
         f"trainer.run_dir {run.path} contains another run: its optimizer.slow_warmup is None, not 500; "
         f"choose another --trainer.run_dir, or continue that run with main --resume {run.path}"
     )
-
-
-def test_the_saved_config_is_read_back(tmp_path):
-    run, resolved = choose_run_directory(Command(config(tmp_path / "a b" / "run"), "x"))
-    run.lock()
-    run.write_config(resolved)
-    run.unlock()
-    assert load_config(run.config_file) == resolved
-    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "config.yaml"]
-
-
-def test_changed_fields():
-    old, new = config(), config(tokenizer="gpt2")
-    assert changed_fields(old, old) == []
-    assert changed_fields(old, new) == [("data.tokenizer", "bytes", "gpt2")]
 
 
 def test_steps_and_fractions_that_mean_the_same_have_not_changed():
