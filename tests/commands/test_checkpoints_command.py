@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -80,41 +79,6 @@ def test_verify(four_steps, capfd):
     ]
 
 
-def changed(path: Path, content: bytes) -> None:
-    assert path.read_bytes() != content
-    path.write_bytes(content)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    rng = random.Random(str(path))
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-FAULTS = {
-    "flipped": flip,
-    "cut": lambda path: changed(path, path.read_bytes()[:-1]),
-    "emptied": lambda path: changed(path, b""),
-    "lost": lambda path: path.unlink(),
-    "zeroed": lambda path: changed(path, bytes(path.stat().st_size)),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_verify_finds_each_planted_fault(saved, capfd, fault):
-    # A bias of zeros has zeros for a chunk, and a checksum behind them.
-    for path in sorted(p for p in (saved / "step-00000003").rglob("*") if p.is_file()):
-        content = path.read_bytes()
-        FAULTS[fault](path)
-        status, out, _ = command(capfd, "verify", saved, "--step", 3)
-        path.write_bytes(content)
-        wrong, summary = out.splitlines()
-        assert (status, summary) == (1, "step 3: damaged, 1 file")
-        assert wrong.startswith("step 3: ") and str(path) in wrong
-        assert ("leaf " in wrong) == (path.name != "manifest.json")
-
-
 def test_verify_finds_a_sound_chunk_of_another_step_and_edited_headers(saved, capfd):
     chunk = next((saved / "step-00000003").rglob("*up.weight/c*"))
     shutil.copy(str(chunk).replace("step-00000003", "step-00000002"), chunk)
@@ -128,6 +92,7 @@ def test_verify_finds_a_sound_chunk_of_another_step_and_edited_headers(saved, ca
     assert status == 1
     for path in (chunk, header, manifest):
         assert str(path) in out
+    assert f"step 3: leaf model.up.weight, {chunk}" in out and "step 3: damaged, 1 file" in out.splitlines()
     assert "step 2: intact" in out
     assert command(capfd, "verify", saved, "--step", 2)[0] == 0
 
