@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import content
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sophia_levanter.checkpoint", "sophia_levanter.data.corpora"])
 
@@ -167,3 +165,8 @@ def kill_at_random(text: str, tokenizer: str, kills: int, work: Path, seed: int)
     assert start(f"killed{attempt}").end()[0] == 0
     assert content(work / f"killed{attempt}") == expected
     return moments
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

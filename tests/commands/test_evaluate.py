@@ -91,8 +91,6 @@ def test_masked_documents_are_read_alone(trained, other, evaluated):
 
 MESHES = {
     "a batch that does not divide": ["--batch_size", "3"],
-    "one batch": ["--batch_size", "64"],
-    "parameters split": ["--mesh.fsdp", "embed"],
     "tensors split": ["--mesh.data", "4", "--mesh.model", "2", "--mesh.fsdp", "embed"],
 }
 
