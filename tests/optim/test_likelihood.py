@@ -212,7 +212,7 @@ def test_classes_must_be_integers(dtype):
     ],
 )
 def test_targets_are_not_broadcast(likelihood, targets):
-    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); for these outputs, it must be"
+    message = rf"the targets have shape \({', '.join(map(str, targets.shape))},?\); these outputs require shape"
     with pytest.raises(ValueError, match=message):
         likelihood.loss(LOGITS, targets)
 

@@ -238,7 +238,7 @@ def check_shared(optimizer: Any) -> None:
     check_dtype("momentum_dtype", optimizer.momentum_dtype)
 
 
-# Root mean square of AdamW steps (Liu et al. 2025, section 2.2). It makes the learning rate comparable to AdamW's.
+# RMS of AdamW steps (Liu et al. 2025, section 2.2). Scaling by it makes the learning rate comparable to AdamW's.
 ADAMW_RMS = 0.2
 # Coefficients of the quintic Newton-Schulz iteration, chosen to maximize its slope at 0 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -178,7 +178,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         return _estimate(self, "sampled_loss", sampled_loss, model, microbatches, key)
 
     def sampled_loss(self, outputs: Any, *, key: Key[Array, ""], weights: Any = None) -> tuple[Array, Array]:
-        """Return the mean loss on targets drawn from the distribution given by the outputs, and their number B.
+        """Return the mean loss on B targets drawn from the distribution given by the outputs, and B.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
@@ -193,7 +193,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
     def losses(
         self, outputs: Any, targets: Any, *, key: Key[Array, ""], weights: Any = None
     ) -> tuple[Array, Array, Array]:
-        """Return the mean losses on true and sampled targets, and their number B, for `value_grad_and_curvature`.
+        """Return mean losses on true and sampled targets, and the number of targets, for `value_grad_and_curvature`.
 
         Args:
             targets: the true targets, in the form that the likelihood expects.
@@ -249,7 +249,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
         """Compute B * g^2 on the true targets.
 
         Args:
-            loss_fn: model or (model, microbatch) -> (mean loss on the true targets, their number B).
+            loss_fn: model or (model, microbatch) -> (mean loss on B true targets, B).
             model, microbatches: as for `GaussNewtonBartlett`.
             key: a JAX random key, used only by other estimators.
         """

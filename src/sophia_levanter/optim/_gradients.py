@@ -331,7 +331,7 @@ def value_grad_and_curvature(
 
     Args:
         losses_fn: (model, key) or (model, microbatch, key) -> (mean loss on the true targets, mean loss on targets
-            drawn from the model's own distribution, their number B). `Hutchinson` uses only the first and the third.
+            drawn from the model's own distribution, number of targets). `Hutchinson` uses only the first and the third.
         model: any pytree.
         microbatches: a pytree of arrays or NamedArrays [microbatch, ...]; None for a single pass.
         key: a JAX random key for the sampled targets or the probe.

@@ -91,7 +91,7 @@ class Hutchinson(eqx.Module):
         count = num_microbatches(microbatches)
         shares = jnp.ones(count) if weights is None else jnp.asarray(plain(weights))
         if shares.shape != (count,):
-            raise ValueError(f"weights have shape {shares.shape}; for {count} microbatches, it must be ({count},)")
+            raise ValueError(f"weights have shape {shares.shape}; {count} microbatches require shape ({count},)")
         parts = (microbatches, shares / jnp.sum(shares))
         return self._estimate(lambda model, part: (loss_fn(model, part[0]), part[1]), model, parts, key)
 

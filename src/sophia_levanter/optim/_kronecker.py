@@ -29,7 +29,7 @@ class Factor(NamedTuple):
     vectors: Float[Array, "matrix n n"]
 
 
-# Two factors for each leaf that is a matrix, or None for any other leaf. The factor of a side without rotation is None.
+# Two factors for each leaf that is a matrix, or None for any other leaf. The factor of an unrotated side is None.
 BasisState = tuple[tuple[Factor | None, Factor | None] | None, ...]
 
 

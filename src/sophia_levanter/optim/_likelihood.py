@@ -196,7 +196,7 @@ class Bernoulli(_Elementwise):
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """Compute the cross-entropy of targets in [0, 1]. Outputs [...] are logits, and targets have their shape."""
+        """Compute the cross-entropy of targets in [0, 1]. Outputs [...] are logits, and targets have the same shape."""
         logits = self._outputs(outputs)
         return self._summed(jax.nn.softplus(logits) - self._targets(outputs, targets) * logits)
 
@@ -228,7 +228,7 @@ class Normal(_Elementwise):
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
     def loss(self, outputs: Any, targets: Any) -> Array:
-        """Compute the negative log-density of each target. Outputs [...] are means, and targets have their shape."""
+        """Compute the negative log-density of each target. Outputs [...] are means; targets have the same shape."""
         mean = self._outputs(outputs)
         variance = self._variance(mean)
         error = self._targets(outputs, targets) - mean
@@ -270,7 +270,7 @@ def _check_floating(name: str, array: Array) -> None:
 def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
     # Broadcasting [rows] with [rows, 1] would give a loss of shape [rows, rows].
     if targets.shape != wanted:
-        raise ValueError(f"the targets have shape {targets.shape}; for these outputs, it must be {wanted}")
+        raise ValueError(f"the targets have shape {targets.shape}; these outputs require shape {wanted}")
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
@@ -292,7 +292,7 @@ def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights:
 
 
 def targets_in_use(likelihood: Likelihood, outputs: Any, targets: Any, sampled: Array, weights: Array) -> Any:
-    """Replace targets with weight 0 by sampled ones, because missing values marked as nan would make gradients nan."""
+    """Replace targets of weight 0 with sampled ones, because missing values marked as nan would make gradients nan."""
     if is_named(targets) and is_named(outputs):
         axes = likelihood.target_axes(outputs) if sampled.ndim < len(outputs.axes) else outputs.axes
         if set(axes) != set(targets.axes):
@@ -318,4 +318,4 @@ def check_microbatch_weights(microbatches: PyTree, weights: Any) -> None:
     count = num_microbatches(microbatches)
     shape = jnp.shape(plain(weights))
     if not shape or shape[0] != count:
-        raise ValueError(f"weights have shape {shape}; for {count} microbatches, it must begin with {count}")
+        raise ValueError(f"weights have shape {shape}; for {count} microbatches, the shape must begin with {count}")

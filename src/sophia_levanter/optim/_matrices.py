@@ -70,8 +70,8 @@ def by_matrix(
 
     An item whose number of matrices is a multiple of the number of devices is split directly. Other items with equal
     shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
-    Every device does all of the work outside `jit`, or if the mesh set by `jax.set_mesh` has no such `AxisType.Auto`
-    axis.
+    Outside `jit`, or if the mesh set by `jax.set_mesh` has no such `AxisType.Auto` axis, every device does all of the
+    work.
 
     Args:
         mesh_axis: the name of the mesh axis.
@@ -127,7 +127,7 @@ def matrix_views(matrices: Matrices, params: PyTree) -> list[MatrixView | None]:
 def matrices_tree(matrices: Matrices, params: PyTree) -> PyTree:
     """Return a pytree with `MuonDimensionNumbers` for each leaf of `params` that is a matrix, and None for all others.
 
-    `matrices` is as for `Muon`. Raise an error that names the path if an entry is invalid or has no parameter.
+    `matrices` is as for `Muon`. Raise an error that names the path if an entry is invalid or matches no parameter.
     """
     if matrices is None:
         return jax.tree.map(lambda x: MuonDimensionNumbers() if x.ndim == 2 else None, params)
@@ -141,7 +141,7 @@ def _is_entry(x: Any) -> bool:
 
 
 def _check_axes(path: tuple, x: Array, entry: MuonDimensionNumbers | None) -> None:
-    """Raise a ValueError unless the axes exist and are distinct. Optax would wrap around axes that are out of range."""
+    """Raise a ValueError unless the axes exist and are distinct. Optax would wrap out-of-range axes around."""
     if entry is None:
         return
     groups = [(axes,) if isinstance(axes, int) else tuple(axes) for axes in entry]

@@ -79,8 +79,8 @@ class SophiaG(AbstractSophia):
     def authors(**overrides: Any) -> ReproducedSophia:
         """Return the Sophia-G of the authors' code.
 
-        The denominator is rho h + eps, refreshes follow steps 9, 19, ..., and both gradients are clipped. Updates match
-        theirs up to rounding if each estimate is computed on a separate batch with the parameters after its step.
+        The denominator is rho h + eps, refreshes follow steps 9, 19, ..., and the training and sampled gradients are
+        clipped. Updates match theirs up to rounding if each estimate uses a separate batch and the updated parameters.
         """
         estimator = GaussNewtonBartlett(reduction="average_then_square", max_grad_norm=1.0)
         return _reproduced(0.05, _AUTHORS | {"estimator": estimator, "gradient_transform": _clip()} | overrides)
@@ -192,7 +192,7 @@ class ReproducedSophia(AbstractSophia):
         return updates, state
 
     def refresh_due(self, step: int) -> bool:
-        """Return whether an estimate is due, judging only by the step number. This runs on the host."""
+        """Return whether an estimate is due, based only on the step number. This runs on the host."""
         return super().refresh_due(step - self.choices.first_refresh)
 
 

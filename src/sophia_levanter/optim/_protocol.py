@@ -19,7 +19,7 @@ class Estimator(Protocol):
     """An estimator of the diagonal of the curvature, for use in training loops.
 
     Attributes:
-        gradients: the cost of an estimate on its part of the batch; one forward and one backward pass cost 1.
+        gradients: the cost of an estimate on its part of the batch; a forward and a backward pass together cost 1.
         forward_mode: whether the loss must have a forward-mode derivative.
     """
 
@@ -102,7 +102,7 @@ class Optimizer(Protocol[State]):
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """Return the whole-matrix operations, for counting FLOPs. `num_microbatches` estimate the curvature."""
+        """Return the whole-matrix operations, for counting FLOPs, given the number of microbatches in an estimate."""
         ...
 
 

@@ -313,7 +313,7 @@ class AbstractSophia(eqx.Module):
             finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
-            ValueError: if `h_hat` does not have this structure; the error names the path.
+            ValueError: if `h_hat` has a different structure; the error names the path.
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
@@ -340,7 +340,7 @@ class AbstractSophia(eqx.Module):
         return after._replace(rho=select(measured, self.rho.next(state.rho, self._win_rate(after)), state.rho))
 
     def refresh_due(self, step: int) -> bool:
-        """Return whether an estimate is due, judging only by the step number. This runs on the host.
+        """Return whether an estimate is due, based only on the step number. This runs on the host.
 
         An estimate is also due if `state.refresh_pending` is True. Reading it makes the host wait for the device, so
         read it only after steps with an estimate.

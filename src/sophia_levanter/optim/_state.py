@@ -1,4 +1,4 @@
-"""The state of Sophia, the rules that update its parts, and what is measured from it."""
+"""The state of Sophia, the rules that update its parts, and the metrics computed from it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _is_factor(x: Any) -> bool:
 
 
 def fit_prefix(name: str, spec: PyTree, params: PyTree, is_entry: Callable[[Any], bool], wanted: str) -> PyTree:
-    """Return an entry for every leaf of `params`, given a tree of entries, a prefix of it, or a function returning it.
+    """Return an entry for each leaf of `params`, given a tree of entries, a prefix of one, or a function returning one.
 
     Raise a ValueError if entries and parameters do not correspond, or a TypeError if a leaf is not an entry.
     """
