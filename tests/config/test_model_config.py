@@ -66,7 +66,7 @@ def test_attention_that_suits(required, chosen):
         ("splash", GPU, "requires a TPU, but this device is a GPU"),
         ("cudnn", replace(GPU, dtype="float32"), "requires trainer.compute_dtype bfloat16, not float32"),
         ("cudnn", replace(GPU, head_size=60), "requires a head size that is a multiple of 8 and at most 128, not 60"),
-        ("splash", replace(TPU, positions=1000), "requires a number of positions that is a multiple of 128, not 1000"),
+        ("splash", replace(TPU, positions=1000), "requires a multiple of 128 positions, not 1000"),
         ("blocked", replace(CPU, split_positions=True), "cannot split positions over devices (mesh.sequence)"),
         ("splash", replace(TPU, split_positions=True), "cannot split positions over devices (mesh.sequence)"),
         ("cudnn", replace(GPU, dropout=True), "does not support dropout (model.dropout)"),

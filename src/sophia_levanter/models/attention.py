@@ -1,4 +1,4 @@
-"""Causal self-attention with named axes, with implementations for different devices."""
+"""Causal self-attention with named axes, and its implementations for different devices."""
 
 from __future__ import annotations
 
@@ -307,5 +307,5 @@ def _why_not(name: str, required: Requirements) -> str | None:
             # JAX's cuDNN attention accepts masks but no segment ids, and a mask becomes a bias as large as the scores.
             return "does not support document masking (data.mask_documents)"
     elif name == "splash" and required.positions % 128:
-        return f"requires a number of positions that is a multiple of 128, not {required.positions}"
+        return f"requires a multiple of 128 positions, not {required.positions}"
     return None

@@ -113,7 +113,7 @@ def _run_shard(
     blocks = jax.tree.map(partial(_split_positions, block_size), (hidden, targets))
 
     def parts(hidden: jax.Array, targets: Targets) -> tuple[tuple, tuple[jax.Array, ...]]:
-        """Return the results of a block that are summed over blocks, and those that are joined."""
+        """Return the results of a block: first those to sum over blocks, then those to concatenate."""
         losses, gradients = one_block(hidden, targets)
         return (losses, tuple(g.head for g in gradients)), tuple(g.hidden for g in gradients)
 
