@@ -80,7 +80,7 @@ def quantiles(x: jax.Array, axes: Sequence[int], shares: Sequence[float]) -> jax
     Args:
         x: an array without NaN; it is converted to float32.
         axes: the axes to reduce.
-        shares: the probabilities of the quantiles, above 0 and at most 1, which are the first axis of the result.
+        shares: the probabilities of the quantiles, above 0 and at most 1; they index the first axis of the result.
     """
     sign = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)

@@ -21,7 +21,7 @@ def averages(
 ) -> tuple[LanguageModel | None, Snapshots]:
     """Return the average after a step, and the snapshots that it is computed from.
 
-    `state` is the state before the step, and `model` the parameters after it; `good` is False if it was skipped.
+    `state` is the state before the step, `model` has the parameters after it, and `good` is False for a skipped step.
     """
     if settings.lawa_interval is not None:
         return _mean_of_latest(settings.lawa_interval, state, model)

@@ -124,7 +124,7 @@ def build_callbacks(config: TrainConfig) -> dict[str, Callback]:
 
 
 class RegisteredCallback(Callback):
-    """Wraps a callback from a plug-in. Its error messages include its name, and the watchdog ignores its duration."""
+    """Wraps a callback from a plug-in. Error messages name the callback, and the watchdog ignores its duration."""
 
     def __init__(self, name: str, callback: Callback, monitor: Monitor) -> None:
         self.name, self._callback, self._monitor = name, callback, monitor

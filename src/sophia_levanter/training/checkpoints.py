@@ -25,7 +25,7 @@ from sophia_levanter.training.step import TrainState
 GRACE = 5.0
 DAY = 86_400.0
 
-# Numbers the calls to `CheckpointTimer.has_expired`. All processes make the same calls, so their numbers agree.
+# Counts the calls to `CheckpointTimer.has_expired`. All processes make the same calls, so their counts agree.
 _questions = itertools.count()
 
 

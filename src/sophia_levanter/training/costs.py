@@ -47,7 +47,7 @@ class MatrixFlops:
 def flops_per_step(config: TrainConfig, flops_per_token: float) -> float:
     """Return the average FLOPs per step for the forward and backward pass, refreshes and whole-matrix operations.
 
-    Elementwise operations in the optimizer are not counted. All steps have the batch size of `config.trainer`.
+    Elementwise optimizer operations are not counted. All steps are assumed to have the batch size of `config.trainer`.
     """
     tokens = config.trainer.batch_size * config.model.seq_len
     return flops_per_token * passes_per_step(config) * tokens + matrix_flops(config).total

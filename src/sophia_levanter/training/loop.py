@@ -152,7 +152,7 @@ class Loop:
         batch = next(batches)
 
         def stopping() -> bool:
-            # Multiple processes must save together, so they act on a signal only when all of them have stopped.
+            # Multiple processes must save together, so they act on a signal only when all of them stop.
             return jax.process_count() == 1 and stop.signal is not None
 
         while step < total and not all_stop(step, stop.signal is not None):

@@ -1,4 +1,4 @@
-"""The object passed to registered metrics, and checks on what registered metrics and callbacks return."""
+"""The object passed to registered metrics, and checks of the results of registered metrics and callbacks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def metric_rows(names: Sequence[str], numbers: Mapping[str, float]) -> list[tupl
 def scalars(setting: str, name: str, values: Any) -> dict[str, Any]:
     """Return the scalars in the result of a metric or callback, keyed by `NAME/KEY`.
 
-    Raise an InputError that names `setting`, which lists the metric or callback, for anything else than scalars.
+    Raise an InputError that names `setting`, which lists the metric or callback, unless `values` is a dict of scalars.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{setting}: {name} returns a {type(values).__name__}; it must return a dict")

@@ -102,7 +102,7 @@ def _piqa(record: Mapping[str, Any]) -> Item:
 
 
 def _arc(record: Mapping[str, Any]) -> Item:
-    """Parse an ARC record. The original files nest the choices in the question; Hugging Face's have separate lists."""
+    """Parse an ARC record. The original files nest the choices in the question; Hugging Face uses separate lists."""
     question: Any = record["question"]
     choices: Any = record.get("choices")
     if isinstance(question, dict):
