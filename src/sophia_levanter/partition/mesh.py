@@ -27,7 +27,7 @@ AxisMapping = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """How arrays are sharded. Partitions compare by identity, so that compiled functions can be cached per partition.
+    """Shards arrays over a mesh. Partitions compare by identity, so compiled functions can be cached per partition.
 
     Attributes:
         mesh: the device mesh.
@@ -201,7 +201,7 @@ def row_shards() -> int:
 
 
 def shard_params(tree: Any) -> Any:
-    """Constrain parameters, gradients or optimizer state to `Partition.place` shardings in a compiled function."""
+    """Within `jit`, constrain parameters, gradients or optimizer state to the shardings used by `Partition.place`."""
     partition = _active.get()
     if partition is None or partition.mesh.size == 1:
         return tree
