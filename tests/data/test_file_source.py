@@ -263,4 +263,4 @@ def test_a_compressed_file_that_expands_without_end(
 def test_a_text_that_does_not_fit_into_memory(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(1 << 42)
-    assert "is a single text of 4,398,046,511,104 bytes, which does not fit in memory" in error_of(tmp_path / "a.txt")
+    assert "is one document of 4,398,046,511,104 bytes, which does not fit in memory" in error_of(tmp_path / "a.txt")

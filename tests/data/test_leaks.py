@@ -51,7 +51,7 @@ def test_documents_on_both_sides_are_counted_and_the_first_is_named(leaky: DataC
     assert line == (
         f"WARNING: data.validation: 2 of its 12 documents are also in data.train; the first is {leaky.validation}, "
         f"document 5 (document 8 of {leaky.train}), which begins with 'document number '; "
-        "remove them from one of the texts"
+        "remove them from one of the two sets"
     )
     assert warnings(leaky) == [line]  # at a later start too
 

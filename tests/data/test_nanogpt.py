@@ -200,7 +200,7 @@ class Command:
 @pytest.mark.parametrize(
     ("meta", "expected"),
     [
-        ({"vocab_size": 65, "stoi": {"a": 0}, "itos": {0: "a"}}, "its ids are characters"),
+        ({"vocab_size": 65, "stoi": {"a": 0}, "itos": {0: "a"}}, "its ids encode characters"),
         ({"vocab_size": 65}, "there are 65 ids, but data.tokenizer bytes has 257"),
         ({"vocab_size": "257"}, "there are '257' ids"),
         ({"vocab_size": np.int64(257)}, "not a nanoGPT meta.pkl"),

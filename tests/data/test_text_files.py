@@ -38,7 +38,7 @@ def test_the_standard_library_as_it_declares_its_encoding(monkeypatch: pytest.Mo
     assert [text for _, text in source.documents()] == ["# coding: latin-1\n'é'"]
     assert source.rows.left_out == ""  # empty modules are not worth a line
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
-    assert "does not include the source code of its library" in error_of("python_stdlib")
+    assert "does not include the source code of the standard library" in error_of("python_stdlib")
 
 
 def test_a_glob_is_read_in_sorted_order_and_crosses_folders(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Train an encoding and return the rank of each token: first the 256 bytes, then merged tokens in merge order.
 
     Args:
-        texts: the training documents. One document at a time and the counts of distinct words are held in memory.
+        texts: the training documents. Only the current document and the counts of distinct words are in memory.
         vocab_size: the number of tokens, including end-of-text. The result has fewer if no pairs are left to merge.
 
     Raises:
@@ -75,7 +75,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def bytes_of_characters() -> dict[str, int]:
     """Return the byte for each character in the printable alphabet of GPT-2 vocabulary files.
 
-    Printable bytes stand for themselves. The other bytes are represented by the code points from 256 on, in order.
+    Printable bytes represent themselves. The other bytes are represented by the code points from 256 on, in order.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, NUM_BYTES)]
     others: Any = [byte for byte in range(NUM_BYTES) if byte not in printable]

@@ -35,7 +35,7 @@ class TextData:
     """The training and validation tokens.
 
     Attributes:
-        tokenizer: the tokenizer that all tokens come from.
+        tokenizer: the tokenizer that produced all of the tokens.
         train: the training tokens.
         validation_sets: the tokens of each validation set, keyed by name. A single unnamed set has an empty name.
         document_end: the token after which attention and positions restart; None to disable document masking.
@@ -83,7 +83,7 @@ def prepare(config: DataConfig, report: Report, *, ray: str | None = None, warn:
         found = _two_sides(job)
         train, held_out = found.make()
         data = _text_data(config, tokenizer, train, {"": held_out})
-        if found.source is None:  # existing stores may overlap; a split made here puts identical texts on the same side
+        if found.source is None:  # existing stores may overlap; a new split puts identical documents on one side
             _report_leaks(job, data, [found], {"": found})
         return data
     # Find all sources before reading any, so that a misspelled validation path is reported immediately.
@@ -158,7 +158,7 @@ def _report_leaks(job: Job, data: TextData, train: Sequence[FoundSource], sets: 
         message = (
             f"{field}: {leak.count:,} of its {leak.num_documents:,} documents are also in data.train; the first is "
             f"{_where(found, leak.document)} (document {leak.twin + 1:,} of {train[leak.part].name}), which begins "
-            f"with {printable(data.tokenizer.decode(begin))!r}; remove them from one of the texts"
+            f"with {printable(data.tokenizer.decode(begin))!r}; remove them from one of the two sets"
         )
         if job.config.on_leak == "error":
             raise InputError(f"{message}, or set data.on_leak to warn")
@@ -242,8 +242,8 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
 
     End-of-text tokens separate documents. Documents shorter than `MIN_BYTES` bytes count only if all validation
     documents also occur in the training corpus. Memory use grows with the number of validation documents, but not with
-    the number of training documents. The comparison of large corpora is reported,
-    and its result is cached in `cache_dir`.
+    the number of training documents. The comparison of large corpora is reported, and its result is cached in
+    `cache_dir`.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS

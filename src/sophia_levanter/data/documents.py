@@ -60,7 +60,7 @@ class Source(ABC):
 
     @property
     def inputs(self) -> list[str]:
-        """The resolved paths, URLs or names that are read."""
+        """The resolved paths, URLs or names of everything that is read."""
         return [self.name]
 
     @abstractmethod

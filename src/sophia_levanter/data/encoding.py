@@ -42,10 +42,10 @@ class EncodedDocuments:
 
     tokens: np.ndarray  # [position], in the dtype of a token store
     lengths: np.ndarray  # int64 [document], the number of tokens in each document, including end-of-text
-    num_bytes: int  # the total size of the texts in UTF-8
+    num_bytes: int  # the total size of the documents in UTF-8
 
 
-# The texts in a block: its training documents and its held-out documents.
+# The documents in a block, split into training and held-out documents.
 Texts = tuple[list[str], list[str]]
 Encoded = tuple[EncodedDocuments, EncodedDocuments]
 
@@ -103,7 +103,7 @@ def _start_worker() -> None:
 class Workers:
     """Encodes blocks in other processes."""
 
-    count: int  # of blocks that are encoded concurrently
+    count: int  # the number of blocks that are encoded concurrently
     submit: Callable[[Texts], Future[Encoded]]
 
 
@@ -152,7 +152,7 @@ def ray_tasks(address: str, tokenizer: Tokenizer) -> Iterator[Workers]:
     Raises:
         InputError: if Ray is not installed, or no cluster is running at the address.
     """
-    # Otherwise, Ray leaves a token file in the home folder that turns on authentication in later sessions.
+    # Disable authentication. Ray would leave a token file in the home folder that enables it in later sessions.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray = optional_import("ray", "'ray>=2.60'", "--ray")
     try:

@@ -25,7 +25,7 @@ ARRAY_NEXT = re.compile(r"\s*,\s*(?=\S)"), re.compile(r"\s*\]\s*\Z")
 ARRAY_DELIMITER = re.compile(r"\s*[,\]]")
 READING_VERSION = 2  # version of the conversion of files to documents; token stores from other versions are rebuilt
 
-# The location of a record, for messages, and its text, or None if the record is skipped.
+# The location of a record, for messages, and its text. The text is None if the record is skipped.
 Record = tuple[str, str | None]
 
 
@@ -137,7 +137,7 @@ class FileSource(Source):
         separator = self.rows.config.document_separator
         if separator is None and file.size > MEMORY:
             raise InputError(
-                f"{file.where} is a single text of {file.size:,} bytes, which does not fit in memory; "
+                f"{file.where} is one document of {file.size:,} bytes, which does not fit in memory; "
                 "split it, convert it to JSON lines, or set data.document_separator"
             )
         reader = _Utf8(content, self._decode_errors, f"{file.where}")

@@ -44,7 +44,7 @@ EXPANDED_BYTES, MOST_EXPANSION = 1 << 28, 200
 
 
 class OpenFile:
-    """An open file. `content` is the stream of its bytes, decompressed with the `compression` that they indicate."""
+    """An open file. Its first bytes determine its `compression`; `content` is the stream of decompressed bytes."""
 
     def __init__(self, file: TextFile) -> None:
         self.file = file
@@ -124,7 +124,7 @@ def readable(file: TextFile) -> Iterator[None]:
         ):
             raise InputError(f"{file.where} is truncated or damaged: {error}; copy or download it again") from error
         if isinstance(error, MemoryError):
-            raise InputError(f"{file.where} contains a text that does not fit in memory; split it") from error
+            raise InputError(f"{file.where} contains a document that does not fit in memory; split it") from error
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
             raise InputError(f"{file.field}: cannot read {file.name}: {reason}") from error

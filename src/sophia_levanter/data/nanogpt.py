@@ -176,7 +176,7 @@ class NanogptTokens(Tokens):
         meta = _read_meta(self.path.with_name(META), self._where)
         if "stoi" in meta:
             raise InputError(
-                f"{self._where}: according to the {META} next to it, its ids are characters, which data.tokenizer "
+                f"{self._where}: according to the {META} next to it, its ids encode characters, which data.tokenizer "
                 f"{self._tokenizer.name} cannot decode; specify the original text instead, such as input.txt"
             )
         size = meta.get("vocab_size", self._tokenizer.vocab_size)

@@ -13,8 +13,8 @@ import numpy as np
 class Packing:
     """Statistics on the documents in a token store, and on how they fill sequences of a fixed length.
 
-    Lengths are in tokens and include end-of-text. An attention pair is a token with itself or with an earlier token in
-    its sequence.
+    Lengths are in tokens and include end-of-text. An attention pair is a token paired with itself or with an earlier
+    token in its sequence.
     """
 
     median_length: float

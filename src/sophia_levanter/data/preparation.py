@@ -110,7 +110,7 @@ class Preparation:
         self._job.report(f"{self.source.rows.field}: {line}")
 
     def stores(self) -> list[TokenStore]:
-        """Open the store, or the training and held-out stores, after preparing them if they are missing.
+        """Open the store, or the training and held-out stores. Prepare them first if they are missing.
 
         Raises:
             InputError: if the source or the cache cannot be used.
@@ -312,7 +312,7 @@ def build_directory(
     contains progress. A second process with the same `base` waits for the first.
 
     Raises:
-        InputError: if the parent of `base` cannot be written.
+        InputError: if the parent directory of `base` is not writable.
     """
     if (found := find()) is not None:
         return found

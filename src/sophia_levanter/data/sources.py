@@ -266,7 +266,7 @@ class DatasetSource(Source):
             where = f"{self._where} cannot be read after row {self._done} ({type(error).__name__})"
             if _may_be_shown(error):
                 raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
-            # For a network error, progress is kept, and running the same command again resumes.
+            # After a network error, progress is kept, so running the same command again resumes.
             raise OSError(where) from error
 
     def _load(self) -> Any:

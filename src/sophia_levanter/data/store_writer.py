@@ -247,7 +247,7 @@ class Trail:
     """Tracks the current place while a source is read, so that a later process can resume after any document.
 
     Attributes:
-        place: the place after the last document; at first, where an earlier process stopped, or else the beginning.
+        place: the place after the last document; initially, the `place` argument, or the beginning by default.
     """
 
     def __init__(self, source: Source, place: Place | None = None) -> None:

@@ -26,7 +26,7 @@ DATASET_MARKS = ("state.json", "dataset_dict.json")
 # Metadata folders, and the suffixes of leftovers from editors and downloads.
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
-# The names in fsspec of the file properties that reveal a modified or replaced file.
+# The fsspec names of the properties that show whether a file was modified or replaced.
 REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
@@ -49,7 +49,7 @@ class TextFile:
 
     @property
     def named(self) -> tuple[str, str | None]:
-        """The suffix in lower case, ignoring any compression suffix, and the compression or None."""
+        """The lowercase suffix, ignoring any compression suffix, and the compression (None if uncompressed)."""
         return _suffixes(self.name)
 
     def open(self) -> BinaryIO:
@@ -107,8 +107,8 @@ def find_files(source: str, *, field: str, report: Report) -> list[TextFile]:
         paths = _stdlib_files()
         if not paths:
             raise InputError(
-                f"{field}: {PYTHON_STDLIB}: this Python installation does not include the source code of its library; "
-                "specify a file"
+                f"{field}: {PYTHON_STDLIB}: this Python installation does not include the source code of the "
+                "standard library; specify a file"
             )
         return [_local_file(path, field) for path in paths]
     if "://" in source:

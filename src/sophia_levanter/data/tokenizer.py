@@ -219,7 +219,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def vocab_size_of(name: str) -> int:
-    """Return the vocabulary size of the tokenizer called `name`. Well-known tokenizers are not loaded for this.
+    """Return the vocabulary size of the tokenizer called `name`, without loading it if it is well known.
 
     Raises:
         InputError: under the same conditions as `load_tokenizer`.
