@@ -193,7 +193,7 @@ def with_digests(arrays: Sequence[HostArray], hosts: Sequence[Digests]) -> list[
 def read_parts(folder: str, wanted: Sequence[tuple[SavedArray, set[Box]]]) -> Iterator[dict[Box, np.ndarray]]:
     """Read parts of arrays. Each chunk that overlaps a part is read once; many chunks are read concurrently.
 
-    `wanted` holds arrays, each with the parts to read. The parts of one array are yielded at a time.
+    `wanted` lists the arrays, each with the parts to read. Each yielded dict contains the parts of one array.
 
     Raises:
         CheckpointError: if a file is missing, or its digest does not match the saved digest.
