@@ -78,7 +78,7 @@ def test_rows_beyond_the_tokenizers_are_kept_and_never_predicted(make_model, tmp
 @pytest.mark.parametrize(
     ("rows", "tokens", "wanted"),
     [
-        (300, 128, "set --data.tokenizer to the one it was trained with, or --model.vocab_rows 300 to keep 172 rows"),
+        (300, 128, "set --data.tokenizer to the tokenizer of the model, or --model.vocab_rows 300 to keep 172 rows"),
         (50257, 257, "set --data.tokenizer gpt2, or --model.vocab_rows 50257"),
         (50304, 257, "set --data.tokenizer gpt2, or"),
         (50281, 50257, "set --data.tokenizer p50k_base, or"),

@@ -118,7 +118,7 @@ class Architecture(abc.ABC):
         """Return the factors of the parametrization, keyed by the end of the layer name."""
 
     def fold_factors(self, config: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Multiply the weights by the factors of the parametrization, which transformers does not support."""
+        """Fold the factors of the parametrization into the weights, because transformers cannot apply them."""
 
         def multiply(name: str, array: np.ndarray) -> np.ndarray:
             for end, factor in self.export_factors(config).items():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def export_model(loaded: LoadedModel, folder: Path, dtype: str | None = None) -> None:
     """Export a model, its tokenizer and this package's settings in the `save_pretrained` format of transformers.
 
-    With `model.parametrization: mup`, the weights are multiplied by its factors, which results in a standard model.
+    With `model.parametrization: mup`, the mup factors are folded into the weights, so the exported model is standard.
 
     Args:
         loaded: the model.

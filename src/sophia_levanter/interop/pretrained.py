@@ -154,8 +154,7 @@ def _with_rows(saved: SavedModel, config: TransformerConfig, tokenizer: Tokenize
     raise InputError(
         f"data.tokenizer {tokenizer.name} has {vocab_size} tokens, but {saved.file} has {rows} embedding rows, "
         f"{abs(rows - vocab_size)} {'more' if rows > vocab_size else 'fewer'}; "
-        f"set --data.tokenizer {known.get(rows, 'to the one it was trained with')}"
-        + (keep if rows > vocab_size else "")
+        f"set --data.tokenizer {known.get(rows, 'to the tokenizer of the model')}" + (keep if rows > vocab_size else "")
     )
 
 

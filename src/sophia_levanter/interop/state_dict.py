@@ -38,8 +38,8 @@ def gpt2_from_state_dict(config: Gpt2Config, arrays: Mapping[str, np.ndarray], *
             nanoGPT and the Sophia authors' code.
 
     Raises:
-        ValueError: if arrays are missing, unknown, given twice or have the wrong shape, or if the head differs from the
-            token embedding; the message names the arrays.
+        ValueError: if arrays are missing, unknown or given twice, if they have the wrong shape, or if the head differs
+            from the token embedding; the message names the arrays.
     """
     return jax.tree.map(jnp.asarray, model_on_host(config, arrays, layout=layout))
 
