@@ -33,7 +33,7 @@ def test_options_that_may_be_repeated() -> None:
         (["word"], "unexpected argument 'word'"),
         (["--other", "1"], "unknown option '--other'; valid sections are model, optimizer"),
         (["--confg", "1"], "unknown option '--confg'; did you mean --config?"),
-        (["--all=1"], "--all takes no value, got '1'"),
+        (["--all=1"], "--all takes no value, but got '1'"),
         (["--config"], "--config requires a value"),
         (["--config", "--all"], "--config requires a value"),
         (["--config", ""], "the value of --config is empty"),

@@ -108,7 +108,7 @@ def test_checkpoints_of_another_run_are_in_the_way(finished_run, tmp_path, capfd
     for location, message in (
         ("ftp://x/y", "has an unsupported scheme; use a path, gs:// or s3://"),
         ("gs://", "does not specify a bucket"),
-        ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; it must be a path, gs:// or s3:// URL"),
+        ("gs:/bucket/x", "trainer.checkpoint_dir is gs:/bucket/x; use a path or a gs:// or s3:// URL"),
     ):
         assert main([*config, "--trainer.checkpoint_dir", location]) == 2
         assert message in capfd.readouterr().err

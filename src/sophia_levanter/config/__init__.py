@@ -1,4 +1,4 @@
-"""Settings of a training run, each declared once with its default, help text and bounds. Does not import jax."""
+"""Settings of a run, each declared once with its default, help text and bounds. This package does not import jax."""
 
 from typing import TYPE_CHECKING, Any
 

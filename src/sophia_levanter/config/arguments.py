@@ -1,4 +1,4 @@
-"""Command-line parsing for all commands. Avoids slow imports, so that mistakes are reported immediately."""
+"""Command-line parsing for all commands. This module avoids slow imports, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def parse_arguments(
         is_override = overrides and name.startswith("--") and ("." in name or name == PLUGINS)
         if name in flags:
             if equals:
-                raise InputError(f"{name} takes no value, got {value!r}")
+                raise InputError(f"{name} takes no value, but got {value!r}")
             parsed.flags.add(name)
             continue
         if words and not word:

@@ -73,7 +73,7 @@ def _build(config: OptimizerConfig, num_train_steps: int) -> Any:
     if missing and isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
             f"optimizer: {kind}.build() returns an optax transformation; subclass sophia_levanter.optim.OptaxOptimizer "
-            "and return it from transformation()"
+            "and return the optax transformation from its transformation() method"
         )
     if missing:
         raise InputError(f"optimizer: {type(optimizer).__qualname__} does not define {', '.join(missing)}")
@@ -89,7 +89,7 @@ def check_optimizer(
         config: the optimizer's settings.
         model_config: the model's settings.
         vocab_size: number of tokens in the tokenizer.
-        resumes: whether a run is being resumed. If so, a group's weight decay or a basis may have no effect.
+        resumes: whether a run is being resumed. If so, a weight decay or a basis without effect is accepted.
 
     Raises:
         InputError: if a group matches no parameters, if `hyperball` is set but the model has no matrices, if a group

@@ -1,4 +1,4 @@
-"""Parse the command line of a training run into a TrainConfig, and format its help text. Avoids slow imports."""
+"""Parse the command line of a training run into a TrainConfig, and format its help text, without slow imports."""
 
 from __future__ import annotations
 

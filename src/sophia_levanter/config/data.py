@@ -1,4 +1,4 @@
-"""Data settings. Avoids slow imports, so that command lines are checked immediately."""
+"""Data settings. This module avoids slow imports, so that command lines are checked immediately."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class DataConfig(Settings):
         "error", "how to handle invalid UTF-8; replace inserts U+FFFD", choices=("error", "replace")
     )
     on_leak: str = setting(
-        "warn", "how to report documents in both the training and the validation text", choices=("warn", "error")
+        "warn", "how to report documents that are in both the training and validation text", choices=("warn", "error")
     )
     bad_rows: str = setting(
         "error", "how to handle rows without text; skipped rows are counted", choices=("error", "skip")
     )
     document_separator: str | None = setting(
         None,
-        "split texts at this string, such as <|endoftext|>; each piece is a document",
-        empty="omit it to treat each text as one document",
+        "split text at this string, such as <|endoftext|>; each piece is a document",
+        empty="omit it to leave the text unsplit",
     )
-    mask_documents: bool = setting(False, "restrict attention to one document at a time and restart positions in each")
+    mask_documents: bool = setting(False, "keep attention within documents, and restart positions in each document")
     num_workers: int | None = setting(
         None, "number of tokenizer processes; null: one per core, 0: main process only", low=0
     )

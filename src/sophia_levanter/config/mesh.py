@@ -1,4 +1,4 @@
-"""Mesh settings, and checks that they fit the model, the devices and the launcher. Does not import jax."""
+"""Mesh settings, and checks that they fit the model, the devices and the launcher. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -185,6 +185,6 @@ def check_divides(
 
 
 def nearest_multiple(size: int, parts: int, of: int | None = None) -> int:
-    """Return the multiple of `parts` nearest to `size`. If given, `of` is a multiple of `parts` that it must divide."""
+    """Return the multiple of `parts` nearest to `size` that divides `of`, if given. `of` is a multiple of `parts`."""
     multiples = range(parts, max(size + parts, of or 0) + 1, parts)
     return min((n for n in multiples if of is None or of % n == 0), key=lambda n: abs(n - size))

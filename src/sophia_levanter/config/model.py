@@ -127,7 +127,7 @@ class TransformerConfig(ModelConfig):
         free=True,
     )
     scan_unroll: int = setting(
-        1, "layers per scan step; larger values compile slower and run faster on CPUs", low=1, high=LARGEST, free=True
+        1, "layers per scan step; larger values slow compilation but run faster on CPUs", low=1, high=LARGEST, free=True
     )
     attention: str = setting(
         "auto",

@@ -186,7 +186,7 @@ class SophiaConfig(OptimizerConfig):
         "before", "whether to refresh h before or after the update", choices=("before", "after")
     )
     first_refresh: int = setting(0, "index of the first step that refreshes the curvature", low=0)
-    initial_refreshes: int = setting(0, "number of initial steps that each refresh, before interval applies", low=0)
+    initial_refreshes: int = setting(0, "number of initial steps that each refresh h, before interval applies", low=0)
     cautious: bool = setting(False, "skip coordinates whose update opposes the current gradient")
     basis: str = setting(
         "parameters",

@@ -1,4 +1,4 @@
-"""Import plug-ins, and register metrics and callbacks under the names used in settings. Does not import jax."""
+"""Import plug-ins, and register metrics and callbacks under the names used in settings, without importing jax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The complete configuration of a training run, including its `tracking` section. Does not import jax."""
+"""The complete configuration of a training run, including its `tracking` section. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TrainConfig:
             hint = f"valid sets are {', '.join(named)}" if named else "specify sets as NAME: SOURCE, or omit best_by"
             raise InputError(f"trainer.best_by is {best_by!r}, which is not a set in data.validation; {hint}")
         if self.mesh.coordinator is not None and self.trainer.run_dir is None:
-            raise InputError("trainer.run_dir is missing; all processes of mesh.coordinator must use the same one")
+            raise InputError("trainer.run_dir is missing; with mesh.coordinator, all processes must use the same one")
 
 
 def with_steps(config: TrainConfig) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Settings for training and sampling. Does not import jax, so that command lines are checked quickly."""
+"""Settings for training and sampling. This module does not import jax, so that command lines are checked quickly."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class TaskConfig(Settings):
 
     section: ClassVar[str] = "trainer.tasks"
 
-    task: str = setting(MISSING, "benchmark", choices=TASKS)
-    file: str = setting(MISSING, "questions, in the benchmark authors' JSON Lines format", empty="specify a file")
+    task: str = setting(MISSING, "benchmark to run", choices=TASKS)
+    file: str = setting(MISSING, "file of questions, in the JSON Lines format of the benchmark", empty="specify a file")
     name: str | None = setting(None, "name in metrics, as in tasks/NAME/accuracy; defaults to the task")
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class TrainerConfig(Settings):
         None, "also save when the last checkpoint is this many minutes old", above=0
     )
     checkpoint_dir: str | None = setting(
-        None, "path, gs:// or s3:// URL for checkpoints; defaults to run_dir/checkpoints"
+        None, "path or bucket URL (gs://, s3://) for checkpoints; defaults to run_dir/checkpoints"
     )
     keep_checkpoints: int = setting(2, "number of most recent checkpoints to keep", low=1)
     keep_every: int | None = setting(None, "permanently keep checkpoints at multiples of this many steps", low=1)
@@ -155,7 +155,7 @@ class TrainerConfig(Settings):
         CALLBACKS.check(self.callbacks)
         check_utf8("trainer.checkpoint_dir", self.checkpoint_dir or "")
         if re.match(r"(gs|s3):(?!//)", self.checkpoint_dir or ""):
-            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; it must be a path, gs:// or s3:// URL")
+            raise InputError(f"trainer.checkpoint_dir is {self.checkpoint_dir}; use a path or a gs:// or s3:// URL")
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise InputError(
                 f"trainer.microbatch_size {self.microbatch_size} does not divide trainer.batch_size {self.batch_size}"

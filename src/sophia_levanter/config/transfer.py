@@ -1,4 +1,4 @@
-"""Transfer hyper-parameters from a smaller model to a larger one (`model.parametrization: mup`). Imports jax lazily.
+"""Transfer hyper-parameters from a small model to a larger one (`model.parametrization: mup`). jax is imported lazily.
 
 Let n be the width and L the depth, both relative to the base model. Heads, key/value heads and the MLP grow with the
 width. The depth is handled as in CompleteP with alpha = 1 (Dey et al. 2025, arXiv 2505.01618).
@@ -21,8 +21,8 @@ rate of the base model. The learning rate of a matrix is multiplied by n^e, wher
                    the gradient for r targets has rank at most r, and its singular directions are part of the basis. The
                    gradient thus occupies r x r coordinates, and |dW x| / |x| is lr times the norm of that block. With
                    only one side rotated, it occupies r n coordinates, and e is -1/2. Qiu et al. 2025 (arXiv 2512.05620,
-                   table 1) derive both for SOAP. They report that it occupies more coordinates at realistic widths and
-                   batch sizes, so activations change more in wider models. Treat these rates as a starting point.
+                   table 1) derive both exponents for SOAP. They report more occupied coordinates at realistic widths
+                   and batch sizes, so activations change more in wider models. Treat these rates as a starting point.
     -1/2           Muon's update is 0.2 lr sqrt(max(in, out)) times an orthogonal matrix.
 
 With a hyperball, the learning rate is an angle: the norm of an update is lr |W|, and |W| scales as sqrt(n). Without
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 def matrix_sides(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return the inputs and outputs of the matrices in the blocks, keyed by path."""
+    """Return the numbers of inputs and outputs of each matrix in the blocks, keyed by path."""
     import jax
 
     from sophia_levanter.models.language_model import abstract_model, matrix_axes
@@ -146,7 +146,7 @@ def gradient_scales(growth: Growth) -> Scales:
 
 
 def curvature_scales(growth: Growth, *, signed: bool) -> Scales:
-    """Return the factors on curvature estimates; `signed` is whether these may be negative."""
+    """Return the factors on curvature estimates. `signed` specifies whether the estimates may be negative."""
     n, depth = growth
     return _scales(n**0.5 * depth, n**0.5) if signed else _scales((n * depth) ** 2, n**2)
 
