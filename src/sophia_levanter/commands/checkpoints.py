@@ -30,7 +30,7 @@ usage: python -m sophia_levanter.commands.checkpoints list DIR
   show                   show the contents of the newest step, or of step N: names, shapes, norms
   diff                   show how steps A and B differ
   prune                  keep the newest N steps, the best step and, with --every, multiples of K; remove all others
-                         and, except in a bucket, what interrupted saves left behind; --dry_run only prints the list
+                         and, except in a bucket, files left by interrupted saves; --dry_run removes nothing
   --help                 show this help message and exit"""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "list": (),
@@ -56,7 +56,7 @@ class Place:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on damage or failure, 2 on bad input, or 130 on Ctrl-C."""
     return run_command(argv, _run, usage=USAGE)
 
 

@@ -61,7 +61,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 damage or failure, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on damage or failure, 2 on bad input, or 130 on Ctrl-C."""
     return run_on_model(argv, parse, _run, usage=USAGE)
 
 
@@ -81,7 +81,7 @@ def parse(words: Sequence[str]) -> Command:
     if (task is None) != (file is None):
         raise InputError("--task NAME and --file FILE must be given together; one of them is missing")
     if task is not None and {"--windows", "--batch_size"} & options.keys():
-        raise InputError("--windows and --batch_size cannot be combined with --task, which scores its whole file")
+        raise InputError("--windows and --batch_size cannot be combined with --task, which scores the whole file")
     numbers = {name: whole_number(name, text) for name, text in options.items()}
     for name in ("--windows", "--batch_size"):
         if numbers.get(name) == 0:

@@ -25,7 +25,7 @@ USAGE = """\
 usage: python -m sophia_levanter.commands.inspect_data STORE [--documents N] [--seq_len N] [--verify]
        [--plugins MODULE] [--help]
 
-Print the contents of a token store, how its documents fill training sequences, and the beginnings of a few documents.
+Print a summary of a token store, statistics on how documents fill training sequences, and the start of a few documents.
 
   STORE                  a folder that prepare_data reported, or a URL such as gs://bucket/folder; if it contains
                          the stores train and validation, both are printed
@@ -37,7 +37,7 @@ Print the contents of a token store, how its documents fill training sequences, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 failure, 2 bad input or a damaged store, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on failure, 2 on bad input or a damaged store, or 130 on Ctrl-C."""
     return run_command(argv, _inspect, usage=USAGE)
 
 

@@ -33,11 +33,11 @@ Start one training process on each host in a cluster, and restart them from the 
 or is preempted, until the run is done. Run the same command again to continue a stopped run.
 
   --config FILE          the run's configuration, as for training (default run directory: runs/NAME)
-  --cluster FILE         where to run: a file with backend local, ray, slurm or gcloud, such as those in infra/
+  --cluster FILE         cluster file that sets backend to local, ray, slurm or gcloud, such as those in infra/
   --dry_run              print what would be created, run and billed, and exit
   --SECTION.FIELD VALUE  override a field of the run: --trainer.checkpoint_dir gs://bucket/run
   status                 print the state of a launched run
-  logs                   print the output of the run's processes, or of --process, in the last attempt or in --attempt
+  logs                   print the output of the last attempt or --attempt N, from all processes or only --process N
   stop                   ask the run to save and stop, and wait until it has
   --help                 show this help message and exit
 
@@ -69,7 +69,7 @@ class Launch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 gave up, 2 bad input, 75 stopped (run it again), 130 interrupted."""
+    """Run the command. Return 0 on success, 1 after giving up, 2 on bad input, 75 if stopped, or 130 on Ctrl-C."""
     return run_command(argv, _run, usage=USAGE)
 
 

@@ -31,7 +31,7 @@ a step.
                          pip install 'sophia-levanter[tpu]', not a TPU
   --devices N            number of GPUs (default: 1); compiles for this machine's CPU, so numbers are approximate
   --gpu KIND             one of {", ".join(GPUS)} (default: h100)
-  --mfu SHARE            expected model FLOPs utilisation (default: 0.4)
+  --mfu SHARE            expected model FLOPs utilization (default: 0.4)
   --SECTION.FIELD VALUE  override a field in the file: --mesh.fsdp embed
   --help                 show this help message and exit"""
 
@@ -47,7 +47,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 the compiler failed, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 if the compiler failed, 2 on bad input, or 130 on Ctrl-C."""
     return run_command(argv, lambda words: _plan(parse(words)), usage=USAGE)
 
 

@@ -28,7 +28,7 @@ command can be killed at any time; run it again to continue. Training does the s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 75 stopped (run it again), 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on failure, 2 on bad input, 75 on SIGTERM, or 130 on Ctrl-C."""
     return run_command(argv, _prepare, usage=USAGE)
 
 

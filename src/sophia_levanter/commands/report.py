@@ -24,7 +24,7 @@ curves in the same directory.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on failure, 2 on bad input, or 130 on Ctrl-C."""
     return run_command(argv, _report, usage=USAGE)
 
 

@@ -21,13 +21,13 @@ usage: python -m sophia_levanter.commands.tpu create --cluster FILE [NAME] [--dr
        python -m sophia_levanter.commands.tpu ssh    --cluster FILE [NAME] [--dry_run] -- COMMAND...
        python -m sophia_levanter.commands.tpu logs   --cluster FILE [NAME] [--dry_run]
 
-  NAME            name of the queued resource if the cluster file has none, or the run directory that it belongs to
+  NAME            name of the queued resource, or the run directory; required unless the cluster file sets a name
   --cluster FILE  a cluster file with backend: gcloud
-  create          request the slices, which are billed once they are active, without waiting for them
+  create          request the slices without waiting for them; they are billed once they are active
   list            list the queued resources in the zone with their states
   delete          delete the queued resource and its slices
-  ssh             run COMMAND on all workers of all slices: a single word is a shell command line, several words are
-                  passed on unchanged
+  ssh             run COMMAND on all workers of all slices; a single word is run as a shell command line, and several
+                  words are passed on unchanged
   logs            follow the output of the newest attempt on worker 0 of the first slice, until Ctrl-C
   --dry_run       print the gcloud commands without running them
   --help          show this help message and exit"""
@@ -35,7 +35,7 @@ ACTIONS = ("create", "list", "delete", "ssh", "logs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 gcloud or the command failed, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 if gcloud or the command failed, 2 on bad input, or 130 on Ctrl-C."""
     given = sys.argv[1:] if argv is None else list(argv)
     own = given[: given.index("--")] if "--" in given else given
     # A --help after the `--` is an argument of COMMAND.
@@ -50,7 +50,7 @@ def _run(given: Sequence[str], command: Sequence[str]) -> int:
         raise InputError(f"unexpected argument {arguments.words[-1]!r}; --help shows the options")
     if (what == "ssh") != bool(command):
         raise InputError(
-            "ssh requires -- COMMAND... to run on the workers" if what == "ssh" else f"{what} takes no -- COMMAND"
+            "ssh requires -- COMMAND... to run on the workers" if what == "ssh" else f"{what} does not take -- COMMAND"
         )
     lines = _lines(what, cluster, arguments.words, command)
     if "--dry_run" in arguments.flags:

@@ -19,7 +19,7 @@ USAGE = f"""\
 usage: python -m sophia_levanter.commands.train_tokenizer --config FILE --vocab_size N --out FILE{TRAINED_TOKENIZER}
        [--data.FIELD VALUE ...] [--help]
 
-Train a byte-pair encoding on a configuration's training text, without held-out documents and on at most its first GiB.
+Train a byte-pair encoding on at most the first GiB of a configuration's training text, excluding held-out documents.
 Use it with --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
   --config FILE          a run's configuration, or only its data section
@@ -30,7 +30,7 @@ Use it with --data.tokenizer FILE{TRAINED_TOKENIZER}.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit status: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+    """Run the command. Return 0 on success, 1 on failure, 2 on bad input, or 130 on Ctrl-C."""
     return run_command(argv, _train, usage=USAGE)
 
 

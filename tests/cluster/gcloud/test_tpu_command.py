@@ -107,7 +107,7 @@ def test_logs_are_the_newest_ones(cluster_file, tmp_path):
         (["create", "--cluster", "UNNAMED"], "error: name is missing"),
         (["list", "--cluster", "LOCAL"], "error: LOCAL: backend is local; tpu requires backend gcloud"),
         (["ssh", "--cluster", "FILE"], "error: ssh requires -- COMMAND..."),
-        (["delete", "--cluster", "FILE", "--", "x"], "error: delete takes no -- COMMAND"),
+        (["delete", "--cluster", "FILE", "--", "x"], "error: delete does not take -- COMMAND"),
         (["delete", "--cluster", "FILE", "mine", "more"], "error: unexpected argument 'more'"),
     ],
 )
