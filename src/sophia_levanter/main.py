@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as specified by the command line.
 
     Returns:
-        The exit status: 0 done, 1 failure, 2 bad input, 75 stopped by SIGTERM (resume the run), 130 interrupted.
+        The exit status: 0 on success, 1 on failure, 2 on bad input, 75 after SIGTERM (resume the run), 130 on Ctrl-C.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -121,7 +121,7 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
     discard it. `print` would fail if the signal arrived during another print.
     """
     interrupted = number == signal.SIGINT
-    line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped while not training; run the command again to continue"
+    line = INTERRUPTED_LINE if interrupted else "SIGTERM: stopped outside training; run the command again to continue"
     os.write(2, f"{line}\n".encode())
     with contextlib.suppress(RuntimeError, OSError):
         sys.stdout.flush()

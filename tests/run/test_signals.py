@@ -63,7 +63,7 @@ sys.exit(main(sys.argv[1:]))
     result = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert result.returncode == 75
     assert result.stdout == ""
-    assert result.stderr == "SIGTERM: stopped while not training; run the command again to continue\n"
+    assert result.stderr == "SIGTERM: stopped outside training; run the command again to continue\n"
 
 
 @pytest.mark.parametrize(
