@@ -80,7 +80,7 @@ def test_the_lines_that_say_so(make_model):
     ]
     mixed = dataclasses.replace(ALL, groups=(GroupConfig("ln|mlp", weight_decay=0.25),))
     assert list(describe_groups(mixed, make_model())) == [
-        "ln|mlp: 5 arrays, learning rate 0.0006, weight decay 0.25 for the 3 that are not on spheres"
+        "ln|mlp: 5 arrays, learning rate 0.0006, weight decay 0.25 for the 3 arrays not on a sphere"
     ]
     line = "adamw, weight decay 0.1, cautious; hyperball: the matrices in 4 arrays keep their norms and do not decay"
     assert describe_optimizer(ALL, make_model()) == line

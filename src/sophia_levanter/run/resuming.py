@@ -231,7 +231,7 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
     later = [step for step in saved if step > wrong.start]
     wait_for_all("all have looked")
     if len(later) == len(saved):
-        run.console.line("no checkpoint was saved before those steps")
+        run.console.line("cannot roll back: no checkpoint was saved before the skipped steps")
         return None
     if run.processes.is_first:
         for step in later:

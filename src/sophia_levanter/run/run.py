@@ -307,7 +307,7 @@ class Run:
         except Exception:
             self._trackers.close(failed=True)
             raise
-        # Wait less for the trackers of a stopped run, which may soon be killed.
+        # Give the trackers of a stopped run less time to close, because the run may soon be killed.
         self._trackers.close(failed=stopped_by is not None, seconds=STOPPED_SECONDS if stopped_by else CLOSE_SECONDS)
         metrics, best = self.loop.monitor.trackers.last, self.loop.evaluating.best
         return self._result(step, metrics, best, str(self.loop.saved), stopped_by)

@@ -142,7 +142,7 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
     """Yield a line for each parameter group, such as `wte|wpe: 2 arrays, learning rate 6e-05, weight decay 0`.
 
     If some of the group's arrays have fixed norms on a hyperball, the line ends with text such as `weight decay 0.1
-    for the 2 that are not on spheres`.
+    for the 2 arrays not on a sphere`.
     """
     found = check_groups(config.parameter_groups, model)
     kept = paths_on_hyperball(model) if config.hyperball else set()
@@ -151,7 +151,7 @@ def describe_groups(config: OptimizerConfig, model: LanguageModel) -> Iterator[s
         arrays = counted(len(paths), "array")
         decay = "" if group.weight_decay is None else f", weight decay {group.weight_decay:g}"
         if group.weight_decay and kept & paths:
-            decay += f" for the {len(paths - kept)} that are not on spheres"
+            decay += f" for the {counted(len(paths - kept), 'array')} not on a sphere"
         name = group.match if group.role is None else f"role {group.role}"
         yield f"{name}: {arrays}, learning rate {group.learning_rate * config.learning_rate:g}{decay}"
 
