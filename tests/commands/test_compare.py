@@ -178,8 +178,8 @@ arms: {adamw: {settings: {optimizer: {WARMUP}}}}
 @pytest.mark.parametrize(
     ("warmup", "wanted", "step"),
     [
-        ("warmup: 2", "1 run will start from a shorter run's checkpoint; 9 steps will not be trained again", 9),
-        ("warmup: 0.2", "each run trains in full: optimizer.warmup is 2 or 4 steps; specify it in steps to", None),
+        ("warmup: 2", "1 run will start from a shorter run's checkpoint, reusing 9 steps", 9),
+        ("warmup: 0.2", "each run trains in full: optimizer.warmup resolves to 2 or 4 steps; give it in steps", None),
     ],
 )
 def test_lengths_share_their_steps_or_it_says_why_not(warmup, wanted, step, write, capfd, done):

@@ -71,7 +71,7 @@ def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(optimizer, 
     study = write(LENGTHS.replace("OPTIMIZER", optimizer))
     assert main(arguments(study, *ray)) == 0, capfd.readouterr().err
     said, out = capfd.readouterr().out, tmp_path / "out"
-    assert "study: 3 runs, 3 to do\n1 run will start from a shorter run's checkpoint; 9 steps will not" in said
+    assert "study: 3 runs, 3 to do\n1 run will start from a shorter run's checkpoint, reusing 9 steps" in said
     planned = plan(read_study(study), {})
     records = [find(read_records(out / "study.json"), with_absolute_paths(run.config)) for run in planned]
     short, shared, full = [job_directory(out / "runs", with_absolute_paths(run.config)) for run in planned]
@@ -96,8 +96,8 @@ def test_a_run_that_begins_with_a_shorter_one_is_the_run_from_step_0(optimizer, 
     # The shared steps have the validation losses that the shorter run took.
     assert [[step for step, _ in record.validation] for record in records] == [[5, 10], [5, 10, 20], [10, 20]]
     assert (
-        "They trained for 41 steps (2,624 tokens, " in said
-        and "longer runs reused another 9 steps from shorter ones" in said
+        "The runs trained for 41 steps (2,624 tokens, " in said
+        and "longer runs reused another 9 steps from shorter runs" in said
     )
     assert not list(out.rglob("checkpoints"))
 

@@ -70,13 +70,13 @@ def test_the_report_of_a_study(study, tmp_path):
 @pytest.mark.usefixtures("no_pngs")
 def test_steps_that_runs_share_are_counted_once(study, tmp_path):
     runs, records = study
-    assert "They trained" not in write_report(STUDY, runs, records, tmp_path)
+    assert "The runs trained" not in write_report(STUDY, runs, records, tmp_path)
     # Each has a curve of 10 steps of 100 tokens.
     records = [dataclasses.replace(record, seconds=[360.0, None]) for record in records[:4]]
     records[2] = dataclasses.replace(records[2], facts=records[2].facts | {"shared_steps": 8})
     assert (
-        "They trained for 32 steps (3,200 tokens, 3:12:00 of training time); longer runs reused another 8 steps from "
-        "shorter ones, which are counted once." in write_report(STUDY, runs, records, tmp_path)
+        "The runs trained for 32 steps (3,200 tokens, 3:12:00 of training time); longer runs reused another 8 steps "
+        "from shorter runs, and each step is counted once." in write_report(STUDY, runs, records, tmp_path)
     )
 
 

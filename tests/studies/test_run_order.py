@@ -48,7 +48,7 @@ def test_a_longer_run_is_not_started_where_the_shorter_one_failed(monkeypatch, m
     monkeypatch.setattr(runner, "do", do)
     _, (index, failure), (_, record) = one_by_one(jobs)
     assert index == 1 and isinstance(failure, RunFailed)
-    assert str(failure) == f"{tmp_path}/b was not started: the shorter run that it starts from failed"
+    assert str(failure) == f"{tmp_path}/b was not started, because it depends on a shorter run that failed"
     assert record == make_record() and started == ["a", "c"]
 
 

@@ -83,7 +83,7 @@ def test_a_schedule_without_a_decay_shares_the_whole_shorter_run():
         (
             {"warmup": 2},
             {"warmup": 4},
-            "optimizer.warmup is 2 or 4 steps; specify it in steps to share the common steps",
+            "optimizer.warmup resolves to 2 or 4 steps; give it in steps so that runs share steps",
         ),
         ({"max_rollbacks": 1}, {"max_rollbacks": 1}, "trainer.max_rollbacks is above 0, and a run that rolls back"),
     ],
@@ -194,7 +194,7 @@ def test_the_jobs_of_a_study(tmp_path):
     assert (first.config, second.config, third.config) == (short, other, long)
     assert (first.start, first.keep_step, third.keep_step) == (None, 9, None)
     assert third.start == Start(first.directory, 9) and (second.start, second.keep_step) == (None, None)
-    assert lines == ["1 run will start from a shorter run's checkpoint; 9 steps will not be trained again"]
+    assert lines == ["1 run will start from a shorter run's checkpoint, reusing 9 steps"]
 
     def remaining() -> Start | None:
         (job,) = jobs_of([short, long], [long], tmp_path, lines.append)

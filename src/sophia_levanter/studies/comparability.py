@@ -59,11 +59,11 @@ def _notes(runs: Sequence[Run], same_tokenizer: bool, same_text: bool) -> Iterat
     for run in runs:
         if run.parameters is None:
             yield (
-                f"{run.name}: its tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
+                f"{run.name}: tokenizer {run.config.data.tokenizer} cannot be loaded and no checkpoint can be "
                 "read, so its parameter count and FLOPs are unknown."
             )
         if run.has_damaged_checkpoint:
-            yield f"{run.name}: damaged checkpoints: {run.checkpoint}."
+            yield f"{run.name} has damaged checkpoints: {run.checkpoint}."
 
 
 def _sequences(run: Run) -> tuple[object, ...]:

@@ -30,7 +30,7 @@ KINDS = {
 LINEAR = ("win_rate",)  # shown on a linear scale from 0 to 1; the others use logarithmic scales
 CAPTION = (
     "Each array has one stripe per layer, with the first layer at the top. Gradients are measured before clipping. RMS "
-    "is the root mean square; the update-to-weight ratio is a ratio of RMS values. Grey marks zeros and non-finite "
+    "is the root mean square; the update-to-weight ratio is a ratio of RMS values. Gray marks zeros and non-finite "
     "values."
 )
 MOST_COLUMNS = 400

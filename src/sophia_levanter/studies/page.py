@@ -41,7 +41,7 @@ from sophia_levanter.tracking.console import show_age
 RECENT_SECONDS = 86_400.0
 IN_TERMINAL = ("run", "steps", "last validation loss", "bits per byte", "win rate", "tokens/s", "status")
 SMALLEST_GRID = 3  # minimum number of runs in a grid
-OF_OTHER_TOKENS = "It is per token and cannot be compared between tokenizers."
+OF_OTHER_TOKENS = "Losses per token cannot be compared between tokenizers."
 
 
 def write_page(runs: Sequence[Run], comparability: Comparability, page: Path) -> list[Path]:

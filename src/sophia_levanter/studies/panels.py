@@ -83,7 +83,7 @@ WIN_RATE = Panel(
     "Win rate",
     "optim/win_rate",
     "fraction of unclipped coordinates",
-    "The fraction of coordinates whose step is not clipped. The authors recommend 0.1 to 0.5 (grey). Lower values are "
+    "The fraction of coordinates whose step is not clipped. The authors recommend 0.1 to 0.5 (gray). Lower values are "
     "close to sign descent; a larger rho raises the win rate.",
     Kind.LINE,
     limits=(0.0, 1.0),

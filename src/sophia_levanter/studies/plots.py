@@ -33,7 +33,7 @@ from sophia_levanter.studies.panels import (
 from sophia_levanter.studies.results import Cell, as_run, best, finished, lengths
 from sophia_levanter.studies.runs import Run
 
-# Okabe and Ito's colours, which suit all kinds of colour vision. Yellow is omitted because it is too faint on white.
+# Okabe and Ito's palette, which is safe for color-blind readers, without yellow, which is too faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 MOST_STYLES = len(COLOURS) * len(LINES)  # styles repeat after this many lines
@@ -272,7 +272,7 @@ def _set_limits(axes: Axes, panel: Panel, drawn: Sequence[tuple[Run, np.ndarray]
 
 
 class Bins(NamedTuple):
-    """Bins of neighbouring points.
+    """Bins of neighboring points.
 
     Attributes:
         x: float64 [bin], the mean position in each bin.

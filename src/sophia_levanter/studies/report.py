@@ -26,7 +26,7 @@ from sophia_levanter.studies.study import PlannedRun, Study
 from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
-# A win rate outside this range means that rho is unsuitable, because almost all coordinates are clipped or almost none.
+# A win rate outside this range means that rho is unsuitable, because almost all or almost no coordinates are clipped.
 WIN_RATES = (0.1, 0.9)
 FEWEST_EVALUATIONS = 5
 
@@ -87,8 +87,8 @@ def _budget(records: Sequence[Record], shared: int) -> str:
     tokens = sum(trained[id(record)] * tokens_per_step(record) for record in records)
     seconds = sum(trained[id(record)] * seconds_per_step(record) for record in records)
     return (
-        f"They trained for {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of training "
-        f"time); longer runs reused another {shared:,} steps from shorter ones, which are counted once."
+        f"The runs trained for {sum(trained.values()):,} steps ({tokens:,} tokens, {show_duration(seconds)} of "
+        f"training time); longer runs reused another {shared:,} steps from shorter runs, and each step is counted once."
     )
 
 

@@ -170,7 +170,7 @@ class SpeedUp:
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
     """Compute the speed-up for each schedule length of the baseline, using the best point of each arm at each length.
 
-    Lengths at which the baseline diverged are excluded, because they give no loss to reach.
+    Lengths at which the baseline diverged are excluded, because they provide no target loss.
     """
     curve, targets = (
         [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]

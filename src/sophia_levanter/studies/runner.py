@@ -107,7 +107,7 @@ def jobs_of(
     if starts:
         steps = sum(start.step for start in starts.values())
         runs = counted(len(starts), "run")
-        say(f"{runs} will start from a shorter run's checkpoint; {steps:,} steps will not be trained again")
+        say(f"{runs} will start from a shorter run's checkpoint, reusing {counted(steps, 'step')}")
     if hindrance:
         say(hindrance)
     return [Job(places[path], path, start=starts.get(path), keep_step=kept.get(path)) for path in to_do]
@@ -223,7 +223,7 @@ def _task(job: Job, before: Record | RunFailed | None = None) -> Record | RunFai
 
 def _attempt(job: Job, check_stop: CheckStop, before: Record | RunFailed | None = None) -> Record | RunFailed:
     if isinstance(before, RunFailed):
-        return RunFailed(f"{job.directory} was not started: the shorter run that it starts from failed")
+        return RunFailed(f"{job.directory} was not started, because it depends on a shorter run that failed")
     try:
         return do(job, check_stop)
     except RunFailed as failure:

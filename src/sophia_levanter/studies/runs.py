@@ -131,7 +131,7 @@ class Run:
 
     @cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Step counts and the training time up to each, in seconds, excluding compilation, evaluations and saves."""
+        """Step counts and cumulative training times in seconds, excluding compilation, evaluations and saves."""
         rates = self.rates
         if rates is None:
             return None

@@ -123,7 +123,7 @@ def _hindrance(shorter: TrainConfig, longer: TrainConfig) -> str | None:
         return None
     reason = _obstacle(longer)
     if reason is None and warmups[0] != warmups[1]:
-        reason = f"{_WARMUP} is {warmups[0]} or {warmups[1]} steps; specify it in steps to share the common steps"
+        reason = f"{_WARMUP} resolves to {warmups[0]} or {warmups[1]} steps; give it in steps so that runs share steps"
     return reason and f"each run trains in full: {reason}"
 
 
