@@ -16,9 +16,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" (?P<opcode>[a-z][a-z0-9\-]*)\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[sfuc]\d+)\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
-# A collective specifies the devices that exchange data in one of three forms: lists such as {{0,1},{2,3}}; parts of a
-# range, which may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as
-# mesh['a'=2,'b'=2] {'b'}.
+# A collective specifies groups of devices in one of three forms: lists such as {{0,1},{2,3}}; parts of a range, which
+# may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as mesh['a'=2,'b'=2] {'b'}.
 _LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
 # Between TPU slices, hosts transfer the data sent by devices: {1,2}x{0:3} means devices 0 to 3 in slices 1 and 2.
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(?P<kind>\w+)"')
@@ -210,7 +209,7 @@ def _sent_to_slices(kind: str, instruction: _Instruction, computation: _Computat
 
 
 def _continues(name: str, instruction: _Instruction) -> bool:
-    """Return whether a fusion continues the collective of another fusion. HLO text for TPUs repeats it in both."""
+    """Return whether a fusion continues another fusion's collective, which HLO text for TPUs repeats in both."""
     return name.startswith("async-collective-done") or any(
         called.startswith("async_collective_fusion") for called in instruction.called
     )

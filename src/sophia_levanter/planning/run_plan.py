@@ -48,7 +48,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
         config: the run's configuration.
         name: the configuration's name, for display.
         target: the devices.
-        mfu: the expected model FLOPs utilisation.
+        mfu: the expected model FLOPs utilization.
 
     Raises:
         InputError: if the run does not fit the mesh, the optimizer does not fit the model, or the target's compiler is
@@ -65,7 +65,7 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
         config = dataclasses.replace(config, trainer=largest_part)
-        yield f"the batch size changes during the run; all numbers are for the largest, {largest_part.batch_size}"
+        yield f"the batch size changes during the run; all numbers are for batch size {largest_part.batch_size}"
     partition = partition_of(config.mesh, target.devices())
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
@@ -189,7 +189,7 @@ def _memory(
     yield _row("total", totals, unit)
     if True in plans and None not in (plans[True].temporaries, plans[False].temporaries):
         ratio = plans[True].temporaries / plans[False].temporaries  # type: ignore[operator]
-        yield f"  the refresh step's temporaries are {ratio:.2f} times the plain step's"
+        yield f"  a refresh step needs {ratio:.2f} times the temporaries of a plain step"
     if not all(plan.fits(target.chip.memory) for plan in plans.values()):
         yield "  the run does not fit in memory"
 
@@ -273,7 +273,7 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of the ascending `sizes` that fits, or None. Tries the last first, because `fits` is slow."""
+    """Return the largest of the ascending `sizes` that fits, or None. Try the last first, because `fits` is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
     number = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
@@ -298,9 +298,10 @@ def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_siz
     size = largest(sizes, near_plain)
     if size is None:
         return (
-            f"no optimizer.curvature_microbatch_size keeps a refresh within {REFRESH_RATIO} times a plain step's memory"
+            f"no optimizer.curvature_microbatch_size keeps a refresh step within {REFRESH_RATIO} times the temporaries "
+            "of a plain step"
         )
     return (
-        f"optimizer.curvature_microbatch_size {size} is the largest whose refresh stays within {REFRESH_RATIO} "
-        f"times a plain step's temporaries ({ratios[size]:.2f})"
+        f"the largest optimizer.curvature_microbatch_size that keeps a refresh step within {REFRESH_RATIO} times the "
+        f"temporaries of a plain step is {size} ({ratios[size]:.2f} times)"
     )

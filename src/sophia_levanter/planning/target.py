@@ -126,7 +126,7 @@ def _slice_target(text: str) -> Target:
 
 
 def pretended_target(num_devices: int, gpu: str) -> Target:
-    """Return a target of GPUs. Its steps are compiled for this machine's CPU, so the plan is approximate.
+    """Return a GPU target. Its steps are compiled for this machine's CPU, so the plan is approximate.
 
     Raises:
         InputError: if the kind of GPU is unknown or `num_devices` is below 1.
