@@ -109,8 +109,7 @@ def test_the_process_is_not_started_a_second_time(start, tmp_path):
     again = start("touch", "second")
     assert again.wait(30) == 1
     assert (
-        again.stderr.read()
-        == b"error: logs/a.log already exists; the process was started, but its connection was lost\n"
+        again.stderr.read() == b"error: logs/a.log already exists; the process was started, but the connection broke\n"
     )
     assert (tmp_path / "first").exists()
     assert not (tmp_path / "second").exists()

@@ -72,7 +72,7 @@ def test_a_dry_run_of_ray(config_file, tmp_path, capsys):
     assert status == 0
     assert out.startswith(
         "on the Ray cluster auto (RAY_AUTH_MODE disabled): 8 processes on 2 whole slices of "
-        "v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB\nbilled: those nodes"
+        "v4-32: 16 chips (2x2x4), 4 hosts, 512 GiB\nbilled: the nodes"
     )
 
 

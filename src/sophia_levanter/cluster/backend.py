@@ -133,7 +133,7 @@ class LocalBackend(Backend):
         self._cluster.check_secrets()
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
-        """Return one command per process, with a free port for their coordinator."""
+        """Return one command per process, with a free port for the coordinator."""
         return self._commands(job, free_port())
 
     def _commands(self, job: Job, port: int) -> list[HostCommand]:

@@ -148,14 +148,14 @@ class RayCluster(ClusterConfig):
     )
     auth: str = setting(
         "disabled",
-        "RAY_AUTH_MODE; token requires RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
+        "value of RAY_AUTH_MODE; token requires RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
         choices=("disabled", "token"),
     )
     workers: int | None = setting(
         None, "number of training processes, each with its own resources", low=1, high=LARGEST
     )
     cpus_per_worker: float = setting(1.0, "CPUs that Ray reserves for each worker", above=0)
-    gpus_per_worker: int = setting(0, "GPUs per worker", low=0, high=LARGEST)
+    gpus_per_worker: int = setting(0, "number of GPUs per worker", low=0, high=LARGEST)
     accelerator: str | None = setting(None, "TPU slice type, such as v4-32; an alternative to workers")
     slices: int = setting(1, "number of TPU slices", low=1, high=LARGEST)
     start_timeout: int = setting(
@@ -222,10 +222,10 @@ class SlurmCluster(ClusterConfig):
     """A Slurm job with one training process per node, which uses all of the node's GPUs."""
 
     nodes: int = setting(1, "number of nodes", low=1, high=LARGEST)
-    gpus_per_node: int = setting(0, "GPUs per node", low=0, high=LARGEST)
-    cpus_per_node: int | None = setting(None, "CPUs per node; null: all", low=1, high=LARGEST)
-    partition: str | None = setting(None, "Slurm partition")
-    account: str | None = setting(None, "Slurm account")
+    gpus_per_node: int = setting(0, "number of GPUs per node", low=0, high=LARGEST)
+    cpus_per_node: int | None = setting(None, "number of CPUs per node; null: all CPUs", low=1, high=LARGEST)
+    partition: str | None = setting(None, "Slurm partition for the job")
+    account: str | None = setting(None, "Slurm account to charge")
     time: str | None = setting(
         None, "time limit of each job, such as 12:00:00; a job that reaches it saves and is requeued"
     )
@@ -255,7 +255,7 @@ class SlurmCluster(ClusterConfig):
         return self.nodes * self.gpus_per_node or None
 
     def check_secrets(self) -> None:
-        # Outside the job, `setup` has not run yet and may still set them.
+        # Outside the job, `setup` has not run yet and may still set the secrets.
         if "SLURM_JOB_ID" in os.environ or not self.setup:
             super().check_secrets()
 
@@ -305,7 +305,7 @@ class GcloudCluster(ClusterConfig):
             raise InputError("accelerator is missing; specify a TPU slice such as v4-32")
         tpu_shape(self.accelerator)
         if self.zone is None:
-            raise InputError("zone is missing; specify one such as us-central2-b")
+            raise InputError("zone is missing; specify a zone such as us-central2-b")
         if self.name is not None and not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
             raise InputError(
                 f"name is {self.name!r}; it must be at most 40 characters from a-z, 0-9 and -, starting with a letter"

@@ -98,9 +98,7 @@ def _run(given: Sequence[str], words: Sequence[str]) -> int:
         log = log_file.open("xb", buffering=0)
     except FileExistsError:
         # After a broken connection, gcloud reconnects and would start a second process alongside the first.
-        print(
-            f"error: {log_file} already exists; the process was started, but its connection was lost", file=sys.stderr
-        )
+        print(f"error: {log_file} already exists; the process was started, but the connection broke", file=sys.stderr)
         return FAILURE
     with log, _alone_on_this_host(log_file.parent, grace + _PATIENCE):
         return run_child(words, grace, log)

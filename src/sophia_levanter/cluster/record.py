@@ -91,7 +91,7 @@ class LaunchRecord:
             yield
 
     def _lock(self) -> IO[str] | None:
-        """Acquire the lock. Wait for commands that test it and, in a requeued Slurm job, until a dead host loses it."""
+        """Acquire the lock. Wait for commands that test it and, in a requeued Slurm job, for a dead host to lose it."""
         until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
@@ -153,7 +153,7 @@ class LaunchRecord:
         return sorted(self.directory.glob("attempt-*"))
 
     def next_attempt(self) -> int:
-        """Return the number of the next attempt. Attempts by earlier launchers count, so that their logs are kept."""
+        """Return the number of the next attempt. Attempts by earlier launchers count too, so their logs are kept."""
         numbers = [0]
         for path in self.attempts():
             with contextlib.suppress(ValueError):

@@ -143,7 +143,7 @@ class Supervisor:
         try:
             self._backend.prepare(self._job, number, self._tell, self._told_to_stop)
             if self._told_to_stop():
-                return Outcome("stopped", "before its processes started")
+                return Outcome("stopped", "before any process started")
             commands = self._backend.commands(self._job, number)
         except (InputError, Unavailable) as error:
             reason, *details = str(error).splitlines()
@@ -157,7 +157,7 @@ class Supervisor:
         outcome = attempt.ending().outcome(told_to_stop=self._told_to_stop(), has_begun=self._has_begun)
         self._has_begun |= attempt.progress is not None
         if outcome.kind == "failed" and self._backend.was_preempted():
-            return Outcome("preempted", f"its machines were lost; {outcome.reason}", attempt.progress)
+            return Outcome("preempted", f"machines were lost; {outcome.reason}", attempt.progress)
         return outcome
 
     def _follow(self, attempt: Attempt) -> None:

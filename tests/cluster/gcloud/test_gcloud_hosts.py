@@ -267,4 +267,4 @@ def test_a_connection_that_breaks_does_not_start_the_process_twice(api, job, tmp
     assert process.stdout.readline().startswith('[["-u", "-m"')
     assert process.wait(60) == 1
     assert process.stdout.read() == ""
-    assert "the process was started, but its connection was lost" in process.stderr.read()
+    assert "the process was started, but the connection broke" in process.stderr.read()

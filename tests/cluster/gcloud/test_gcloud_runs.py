@@ -43,7 +43,7 @@ def test_a_spot_slice_that_is_taken_away(undisturbed, tmp_path):
             (run_dir / "metrics.jsonl").rename(tmp_path / "metrics before")
             (run_dir / "config.yaml").unlink()
             assert run.wait() == 0, run.text
-    assert "preempted: its machines were lost; process-0 was killed by SIGKILL; failures 0 of 10, preempt" in run.text
+    assert "preempted: machines were lost; process-0 was killed by SIGKILL; failures 0 of 10, preempt" in run.text
     assert run.text.count("created queued resource run; it is billed") == 2
     methods = [method for method, path, _ in api.requests if "queuedResources" in path]
     assert [method for method in methods if method in ("POST", "DELETE")] == ["POST", "DELETE"] * 2

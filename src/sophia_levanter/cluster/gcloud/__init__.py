@@ -80,8 +80,8 @@ class GcloudBackend(Backend):
         masked = dataclasses.replace(cluster, env=dict.fromkeys(cluster.env, MASK))
         shown = GcloudCommands(masked, self._commands.name)
         lines += [f"  {command.shown()}" for command in self._host_commands(shown, stand_ins, 1, "ATTEMPT")]
-        kept = "would keep it (and it would be billed) until you delete it:"
-        lines.append(kept if cluster.keep else "would delete it when the run is done:")
+        kept = "would keep the queued resource, which is billed until you delete it:"
+        lines.append(kept if cluster.keep else "would delete the queued resource when the run is done:")
         return [*lines, f"  {shlex.join(self._commands.delete())}"]
 
     def prepare(self, job: Job, attempt: int, say: Say, stopped: Callable[[], bool]) -> None:
@@ -232,7 +232,7 @@ class Acquisition:
                 )
 
     def _look(self) -> list[Node] | None:
-        """Take one step towards obtaining the slices, and return them if they are complete."""
+        """Take one step toward obtaining the slices, and return them if they are complete."""
         state = self._resource.state(self._stopped)
         if state is None:
             self._deleting, self._active_since = False, None

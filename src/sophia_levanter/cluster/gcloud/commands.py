@@ -100,7 +100,7 @@ class GcloudCommands:
         return [*self._tpu_vm, "describe", node, *self._place, "--format=json", "--quiet"]
 
     def ssh(self, node: str, worker: int | str, command: str) -> list[str]:
-        """Return words that run `command` on a worker or `all`. A single worker gets stdin and returns its status."""
+        """Return a command that runs `command` on one worker or `all`. With one, stdin and status are forwarded."""
         to = [node, *self._place, f"--worker={worker}", *self._tunnel, *_KEEPALIVE, "--quiet"]
         return [*self._tpu_vm, "ssh", *to, f"--command={command}"]
 

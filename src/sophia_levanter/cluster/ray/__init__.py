@@ -43,7 +43,7 @@ class RayBackend(Backend):
         command = HostCommand("worker", training_command("python", "CONFIG", mesh), cluster.env)
         return [
             f"on {where} (RAY_AUTH_MODE {cluster.auth}): {counted(self.num_processes, 'process')} on {on}",
-            f"billed: those nodes, as configured for the cluster; waits up to {cluster.start_timeout} s for them",
+            f"billed: the nodes that the cluster provides; the launcher waits up to {cluster.start_timeout} s for them",
             f"each process: {command.shown()}",
             f"CONFIG is a copy of {job.config_file}",
         ]

@@ -111,7 +111,7 @@ class Fence:
     """Reserves the first hosts of broken slices, so that Ray does not use those slices.
 
     Ray Train reserves a slice through its first host, whether or not the other hosts are alive, and has no setting to
-    select or exclude slices. (`ray.util.tpu` counts complete slices but does not know which will be preempted.)
+    select or exclude slices. (`ray.util.tpu` counts complete slices but does not know which of them will be preempted.)
 
     Args:
         shape: the shape of the run's slices.

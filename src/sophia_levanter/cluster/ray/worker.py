@@ -71,7 +71,7 @@ class Board:
             self._statuses[rank] = status
 
     def verdict(self) -> str:
-        """Return what workers must do: go on, stop (tell processes to save and exit) or finish (all have exited)."""
+        """Return an instruction for workers: go on, stop (save and exit) or finish (all processes have exited)."""
         if len(self._statuses) == self._num_processes:
             return "finish"
         return "stop" if self._stop or self._lost_nodes else "go on"

@@ -91,7 +91,7 @@ def _check_allocation(cluster: SlurmCluster) -> None:
 
 
 def _end_leftovers(say: Say, stopped: Callable[[], bool]) -> None:
-    """Kill hanging tasks that survived after their srun was killed."""
+    """Kill hanging tasks that are left over after their srun was killed."""
     deadline = time.monotonic() + LEFTOVERS_TIMEOUT
     said = False
     while (steps := _steps()) and not stopped():
@@ -134,7 +134,7 @@ def last_line(text: str) -> str:
 
 
 def _port(attempt: int) -> int:
-    """Return a port below Linux's ephemeral ports that varies by attempt and is far from those of neighbouring jobs."""
+    """Return a port below Linux's ephemeral ports that varies by attempt and is far from those of neighboring jobs."""
     return 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 127 + attempt) % 20_000
 
 
@@ -142,5 +142,5 @@ def _taken(cluster: SlurmCluster) -> str:
     cpus = "all their CPUs" if cluster.cpus_per_node is None else f"{counted(cluster.cpus_per_node, 'CPU')} each"
     gpus = counted(cluster.nodes * cluster.gpus_per_node, "GPU")
     shown = f"{counted(cluster.nodes, 'node')}, {cpus}, {counted(cluster.gpus_per_node, 'GPU')} each"
-    time_limit = f"up to {cluster.time}" if cluster.time else "the partition's time limit"
+    time_limit = f"up to {cluster.time}" if cluster.time else "up to the partition's time limit"
     return f"uses {shown}, {gpus} in total, for {time_limit} at a time, until the run is done"
