@@ -29,6 +29,16 @@ arms:
 """
 
 
+SEARCH = """
+config: [tiny.yaml]
+tokens: 640
+evaluations: 2
+seeds: [0, 7]
+search_runs: 9
+arms: {sophia: {settings: {optimizer: {type: sophia_g}}, grid: {optimizer: {rho: [0.5, 1, 2]}}}}
+"""
+
+
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs done; each at once, with a loss of its number. A job of seed 13 fails, and one of seed 66 diverges."""
@@ -220,6 +230,30 @@ def test_arms_share_the_runs_that_are_the_same(write, done):
     assert main(arguments(write(f"{STUDY}  again: {{settings: {{optimizer: {{type: adamw}}}}}}\n"))) == 0
     assert len(done) == 2
     assert len({job.directory for job in done}) == 2
+
+
+def test_coordinate_descent_trains_until_no_neighbor_is_better(write, tmp_path, capfd, done):
+    """Each run has a higher loss than the one before, so the first point is the best."""
+    study = write(SEARCH)
+    assert main(arguments(study)) == 0
+    out = capfd.readouterr().out
+    counts = ["study: 1 run, 1 to do", "study: 3 runs, 2 to do", "study: 4 runs, 1 to do"]
+    assert [line for line in out.splitlines() if line.startswith("study: ")] == counts
+    assert [(job.config.optimizer.rho, job.config.trainer.seed) for job in done] == [
+        (1.0, 0),
+        (2.0, 0),
+        (0.5, 0),
+        (1.0, 7),
+    ]
+    assert "| sophia | 640 | 3 | rho 1 | 4.0000 | 1 |" in out
+    assert main(arguments(study)) == 0
+    assert len(done) == 4
+
+
+def test_a_search_stops_where_a_run_fails(write, capfd, done):
+    assert main(arguments(write(SEARCH.replace("[0, 7]", "[13, 7]")))) == 1
+    assert len(done) == 1
+    assert "No run has finished yet." in capfd.readouterr().out
 
 
 def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done):

@@ -1,6 +1,7 @@
 """What a study's records say, arm by arm; costs by hand; speed-ups by hand, and against curves of which it is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_the_best_point_is_of_those_with_the_most_seeds(make_cell):
 def planned(arm: str, rho: float, seed: int = 0) -> PlannedRun:
     config = TrainConfig(optimizer=SophiaGConfig(rho=rho), trainer=TrainerConfig(seed=seed))
     return PlannedRun(arm, {"optimizer.rho": rho}, 100, seed, config)
+
+
+def test_seeds_that_selected_a_point_do_not_count_at_it(make_record):
+    runs = [replace(planned("a", 0.1), tuning=True), planned("a", 0.1, seed=1), replace(planned("a", 0.2), tuning=True)]
+    cells = collect(
+        runs, [make_record(run.config, loss=loss) for run, loss in zip(runs, (2.0, 2.5, 2.25), strict=True)]
+    )
+    assert [(cell.mean, cell.seeds, cell.tuning_loss) for cell in cells] == [(2.5, [1], 2.0), (2.25, [0], 2.25)]
+    # The second point has the lower mean, but was not selected.
+    assert best(cells, "a", 100) is cells[0]
 
 
 def test_cells_are_the_planned_runs_that_are_done(make_record):
@@ -302,6 +313,29 @@ def test_eight_times_the_seeds_give_half_the_interval(make_cell):
         return found.high - found.low
 
     assert width(8) / width(1) == pytest.approx(0.49, rel=0.2)
+
+
+def test_the_interval_includes_luck_in_tuning(make_cell):
+    """Of four points tried: in (1 / 2)^4 of the resamples, the best is 0.1 worse or more."""
+    slow = arm(make_cell, "slow", 1.0, (0.0, 0.0))
+    fast = [
+        make_cell("fast", t, [power_law(2 * t) + worse] * 2, point=i)
+        for t in LENGTHS
+        for i, worse in enumerate((0.0, 0.0, 0.1, 9.0))
+    ]
+    alone = [cell for cell in fast if cell.point["point"] == 0]
+    (s, t) = (speed_ups(slow + cells, "fast", "slow")[2] for cells in (alone, fast))
+    assert (s.factor, s.low, s.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert t.factor == pytest.approx(2.0)
+    assert t.low < 1.95 and t.high == pytest.approx(2.0)
+    reverse = speed_ups(slow + fast, "slow", "fast")[1]
+    assert reverse.low == pytest.approx(0.5) and reverse.high > 0.51
+
+
+def test_points_of_which_all_diverged_have_no_luck(make_cell):
+    bad = [make_cell("bad", t, [None, None], point=i) for t in LENGTHS for i in range(2)]
+    found = speed_ups(arm(make_cell, "slow", 1.0, (0.0, 0.0)) + bad, "bad", "slow")
+    assert [(s.factor, s.bound, s.high) for s in found] == [(t / 800, "<", t / 800) for t in LENGTHS]
 
 
 def test_only_seeds_that_both_have_are_drawn(make_cell):

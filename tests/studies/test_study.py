@@ -1,16 +1,18 @@
 """From a study file to the configurations of its runs."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig, LionConfig
 from sophia_levanter.config.files import Setting
 from sophia_levanter.config.optimizer import SophiaGConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.studies.records import find, read_records
-from sophia_levanter.studies.study import PlannedRun, plan, read_study
+from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("config/studies", "docs/evidence/studies")
@@ -188,6 +190,64 @@ def test_what_says_most_runs_first(runs):
     ]
 
 
+def searched(study: Study, loss: Callable[[PlannedRun], float]) -> list[PlannedRun]:
+    """Plan a study until all its runs have a loss; return them in the order in which they were trained."""
+    done: dict[TrainConfig, float] = {}
+    trained: list[PlannedRun] = []
+    while todo := [run for run in plan(study, {}, done.get) if run.config not in done]:
+        done |= {run.config: loss(run) for run in todo}
+        trained += todo
+    return trained
+
+
+SEARCH = (
+    "config: [tiny.yaml]\ntokens: 1000\nseeds: [4, 5, 6]\n"
+    "arms: {a: {SEARCH, grid: {optimizer: {rho: [1, 2, 4, 8, 16], b1: [0.1, 0.2, 0.3, 0.4]}}}}"
+)
+
+
+def bowl(run: PlannedRun) -> float:
+    rho, b1 = run.point["optimizer.rho"], run.point["optimizer.b1"]
+    return math.inf if rho > 8 else abs(math.log2(rho) - 3) + abs(10 * b1 - 1) + 0.5 * run.seed
+
+
+def test_coordinate_descent_stops_at_the_best_point_and_adds_seeds_there(write):
+    trained = searched(read_study(write(SEARCH.replace("SEARCH", "search_runs: 20"))), bowl)
+    points = [(run.point["optimizer.rho"], run.point["optimizer.b1"], run.seed, run.tuning) for run in trained]
+    assert points == [
+        (4, 0.2, 4, True),  # the middle
+        (8, 0.2, 4, True),
+        (2, 0.2, 4, True),
+        (16, 0.2, 4, True),  # diverges; 4 has been tried
+        (8, 0.3, 4, True),
+        (8, 0.1, 4, True),
+        (16, 0.1, 4, True),
+        (4, 0.1, 4, True),
+        (8, 0.1, 5, False),
+        (8, 0.1, 6, False),
+    ]
+
+
+@pytest.mark.parametrize(("most", "best"), [(1, (4, 0.2)), (2, (8, 0.2)), (5, (8, 0.2))])
+def test_coordinate_descent_has_a_maximum_number_of_runs(most, best, write):
+    trained = searched(read_study(write(SEARCH.replace("SEARCH", f"search_runs: {most}"))), bowl)
+    assert [run.tuning for run in trained] == [True] * most + [False, False]
+    assert all((run.point["optimizer.rho"], run.point["optimizer.b1"]) == best for run in trained[most:])
+
+
+def test_each_length_is_searched_and_arms_may_differ(write):
+    text = SEARCH.replace("SEARCH", "search_runs: 3").replace("tokens: 1000", "tokens: [1000, 2000]")
+    study = read_study(
+        write(f"{text.removesuffix('}')}, b: {{search_runs: null, grid: {{optimizer: {{rho: [1, 2]}}}}}}}}")
+    )
+    trained = searched(
+        study, lambda run: 1.0 if run.arm == "b" else bowl(run) + (run.tokens == 2000) * run.point["optimizer.rho"]
+    )
+    assert [(run.arm, run.tokens) for run in trained].count(("b", 2000)) == 6
+    best = {run.tokens: run.point["optimizer.rho"] for run in trained if run.arm == "a" and not run.tuning}
+    assert best == {1000: 8, 2000: 2}
+
+
 GOOD = "config: [tiny.yaml]\ntokens: 1000\n"
 ARM = "arms: {a: {settings: {optimizer: {type: adamw}}}}\n"
 
@@ -202,7 +262,7 @@ BAD = {
     "arms is a list": (f"{GOOD}arms: [a]", "FILE: arms is a list; it must be a mapping"),
     "empty arm": (study_of(""), "FILE: arms.a must be a mapping"),
     "no tokens": (f"config: [tiny.yaml]\n{ARM}", "FILE: tokens is missing"),
-    "unknown key": (f"{GOOD}{ARM}token: 5", "FILE: unknown key 'token'; valid fields are config, settings, tokens"),
+    "unknown key": (f"{GOOD}{ARM}token: 5", "FILE: unknown key 'token'; valid fields are config, settings, search_runs"),
     "unknown key in an arm": (study_of("{gird: {}}"), "FILE: unknown key 'arms.a.gird'; valid fields are"),
     "a grid of all arms": (f"{GOOD}{ARM}grid: {{optimizer: {{b1: [1]}}}}", "FILE: unknown key 'grid.optimizer.b1'"),
     "a run's configuration": ("model: {seq_len: 8}", "FILE: unknown key 'model.seq_len'"),
@@ -248,6 +308,12 @@ BAD = {
     "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1]; it must not contain duplicates"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
     "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations contains 0; it must be at least 1"),
+    "no search runs": (f"{GOOD}{ARM}search_runs: 0", "FILE: search_runs contains 0; it must be at least 1"),
+    "several search runs": (study_of("{search_runs: [5]}"), "FILE: search_runs is a list; it must be an integer"),
+    "a value that the search may never reach": (
+        study_of("{search_runs: 1, grid: {optimizer: {b1: [0.9, 0.5, 2]}}}"),
+        "arm a: optimizer.b1 is 2.0; it must be in [0, 1)",
+    ),
     "evaluations is a list": (f"{GOOD}{ARM}evaluations: [5]", "FILE: evaluations is a list; it must be an integer"),
     "warm-up of more than all": (
         f"{GOOD}{ARM}warmup_fraction: 1.5",

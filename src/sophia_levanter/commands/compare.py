@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -131,22 +132,21 @@ def parse(words: Sequence[str]) -> Command:
 
 def _compare(command: Command, interruption: Interruption) -> int:
     study = read_study(command.study)
-    runs = [replace(run, config=with_absolute_paths(run.config)) for run in plan(study, command.overrides)]
     if any(path.is_file() for path in (command.out, *command.out.parents)):
         raise InputError(f"--out {command.out} is a file or inside a file; specify a directory")
+    comparison = _Comparison(study, command.overrides, command.out)
     if command.plan_only:
-        _Comparison(study, runs, command.out).print_plan()
+        comparison.print_plan()
         return DONE
     with _alone_in(command.out):
-        comparison = _Comparison(study, runs, command.out)
+        comparison.update()
         texts = comparison.texts()
-        comparison.print_counts()
         with interruption.noted() as check_stop:
-            failures = comparison.do_runs(texts, command.ray, check_stop)
+            failures = comparison.do_all_runs(texts, command.ray, check_stop)
 
         from sophia_levanter.studies.report import REPORT, write_report
 
-        print(write_report(study, runs, comparison.records, command.out))
+        print(write_report(study, comparison.runs, comparison.records, command.out))
         if (command.out / REPORT).is_file():
             print(f"report: {command.out / REPORT}")
     return FAILURE if failures else DONE
@@ -166,9 +166,19 @@ def _alone_in(out: Path) -> Iterator[None]:
 class _Comparison:
     """A study with its planned runs, its output directory and the records of completed runs."""
 
-    def __init__(self, study: Study, runs: Sequence[PlannedRun], out: Path) -> None:
-        self.study, self.runs, self.out = study, runs, out
-        self.records = read_records(out / RECORDS)
+    def __init__(self, study: Study, overrides: Layer, out: Path) -> None:
+        self.study, self.overrides, self.out = study, overrides, out
+        self.update()
+
+    def update(self) -> None:
+        """Read the records and plan the runs. Coordinate descent plans the next ones from the records."""
+        self.records = read_records(self.out / RECORDS)
+        runs = plan(self.study, self.overrides, self._loss_of)
+        self.runs = [replace(run, config=with_absolute_paths(run.config)) for run in runs]
+
+    def _loss_of(self, config: TrainConfig) -> float | None:
+        record = find(self.records, with_absolute_paths(config))
+        return None if record is None else math.inf if record.loss is None else record.loss
 
     def missing(self) -> dict[str, TrainConfig]:
         """Return each configuration without a record, keyed by the description of the first run that uses it."""
@@ -207,6 +217,17 @@ class _Comparison:
                         f"{then} and is now {now}; choose another --out"
                     )
         return texts
+
+    def do_all_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
+        """Train the missing runs and those that coordinate descent plans from their results. Return the failures."""
+        tried: set[str] = set()
+        while True:
+            self.print_counts()
+            tried |= self.missing().keys()
+            failures = self.do_runs(texts, ray, check_stop)
+            self.update()
+            if failures or self.missing().keys() <= tried:
+                return failures
 
     def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
         """Train the missing runs, and write each record as soon as it is available. Return the number of failures."""

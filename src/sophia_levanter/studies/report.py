@@ -142,7 +142,7 @@ def _best_table(cells: Sequence[Cell]) -> str:
             cell = best(cells, arm, tokens)
             assert cell is not None
             tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
-            rows.append([arm, f"{tokens:,}", str(len(tried)), _point(cell), _loss(cell), str(len(cell.records))])
+            rows.append([arm, f"{tokens:,}", str(len(tried)), _point(cell), _loss(cell), str(len(cell.seeds))])
     return _table(["arm", "tokens", "points tried", "best point", "validation loss", "seeds"], rows)
 
 
@@ -154,8 +154,8 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
             rows.append([arm, f"{found.tokens:,}", *factors, _interval(found)])
     note = (
         "s is the length of the baseline's whole schedule divided by the length of the arm's whole schedule that ends "
-        "at the same loss, measured in tokens, FLOPs and time. The interval is a bootstrap interval over seeds, in "
-        "tokens. Runs may have shared the machine with other work, which affects the time; "
+        "at the same loss, measured in tokens, FLOPs and time. The interval, in tokens, is a bootstrap interval "
+        "over seeds and points tried. Runs may have shared the machine with other work, which affects the time; "
         "`tests/benchmarks/peers.py` measures the cost of a step."
     )
     return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95% interval"], rows)
@@ -188,8 +188,7 @@ def _interval(found: SpeedUp) -> str:
 def _all_table(cells: Sequence[Cell]) -> str:
     ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.mean))
     rows = [
-        [c.arm, f"{c.tokens:,}", _point(c), _loss(c), str(len(c.records)), str(c.diverged), _win_rate(c)]
-        for c in ordered
+        [c.arm, f"{c.tokens:,}", _point(c), _loss(c), str(len(c.seeds)), str(c.diverged), _win_rate(c)] for c in ordered
     ]
     return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "final win rate"], rows)
 

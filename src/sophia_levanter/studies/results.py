@@ -34,17 +34,29 @@ class Cell:
         point: the value of each field in the grid.
         tokens: the length of the schedule in training tokens.
         records: the records of the runs, keyed by seed.
+        tuning_seed: the seed with which coordinate descent selected the best point; None if the grid was trained.
     """
 
     arm: str
     point: dict[str, Any]
     tokens: int
     records: dict[int, Record] = field(default_factory=dict)
+    tuning_seed: int | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds whose losses count: those that did not select the point, if there are any."""
+        return [seed for seed in self.records if seed != self.tuning_seed] or list(self.records)
 
     def losses(self, seeds: Sequence[int] | None = None) -> list[float]:
-        """Return the final validation losses (inf for diverged runs) for all seeds or for `seeds`, which may repeat."""
-        chosen = list(self.records) if seeds is None else seeds
+        """Return final validation losses (inf for diverged runs) of `seeds` (may repeat) or of the seeds that count."""
+        chosen = self.seeds if seeds is None else seeds
         return [math.inf if (loss := self.records[s].loss) is None else loss for s in chosen]
+
+    @property
+    def tuning_loss(self) -> float:
+        """The loss by which the arm's best point is selected."""
+        return self.mean if self.tuning_seed is None else self.losses([self.tuning_seed])[0]
 
     @property
     def mean(self) -> float:
@@ -70,7 +82,7 @@ def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]
         record = find(records, run.config)
         if record is not None:
             key = (run.arm, tuple(run.point.items()), run.tokens)
-            cell = cells.setdefault(key, Cell(run.arm, run.point, run.tokens))
+            cell = cells.setdefault(key, Cell(run.arm, run.point, run.tokens, {}, run.seed if run.tuning else None))
             cell.records[run.seed] = record
     return list(cells.values())
 
@@ -155,7 +167,7 @@ class SpeedUp:
         factor: the speed-up s. The arm is faster than the baseline if s is above 1.
         bound: "" if `factor` is exact; ">" if `factor` is a lower bound, because even the arm's shortest schedule
             reaches the loss; "<" if `factor` is an upper bound, because even its longest schedule does not.
-        low, high: 95% bootstrap interval over seeds; None if there are fewer than two common seeds.
+        low, high: 95% bootstrap interval over seeds and tuning; None if there are fewer than two common seeds.
         seeds: the number of common seeds.
     """
 
@@ -172,30 +184,47 @@ def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
 
     Lengths at which the baseline diverged are excluded, because they provide no target loss.
     """
-    curve, targets = (
-        [cell for tokens in lengths(cells, name) if (cell := best(cells, name, tokens)) is not None]
-        for name in (arm, baseline)
-    )
-    return [_speed_up(curve, target) for target in targets if math.isfinite(target.mean)] if curve else []
+    curve, targets = ([_tuned(cells, name, tokens) for tokens in lengths(cells, name)] for name in (arm, baseline))
+    return [_speed_up(curve, target) for target in targets if math.isfinite(target.cell.mean)] if curve else []
 
 
-def _speed_up(curve: Sequence[Cell], target: Cell) -> SpeedUp:
-    seeds = sorted(set(target.records).intersection(*(cell.records for cell in curve)))
-    factor, bound = _factor(curve, target, None)
+@dataclass(frozen=True)
+class _Tuned:
+    """The best cell of an arm at one length, and the losses by which it was selected from all points tried."""
+
+    cell: Cell
+    tried: np.ndarray
+
+    def resample(self, seeds: Sequence[int], draws: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Return bootstrap losses [RESAMPLES] in nats for draws of seeds, [RESAMPLES, seeds], and of points.
+
+        To account for luck in tuning, a resample adds the difference between its best point and the best of all points.
+        """
+        losses = np.array(self.cell.losses(seeds))[draws].mean(axis=1)
+        if not math.isfinite(self.tried.min()):
+            return losses
+        return losses + random.choice(self.tried, (RESAMPLES, len(self.tried))).min(axis=1) - self.tried.min()
+
+
+def _tuned(cells: Sequence[Cell], arm: str, tokens: int) -> _Tuned:
+    cell = best(cells, arm, tokens)
+    assert cell is not None
+    return _Tuned(cell, np.array([c.tuning_loss for c in cells if c.arm == arm and c.tokens == tokens]))
+
+
+def _speed_up(curve: Sequence[_Tuned], target: _Tuned) -> SpeedUp:
+    tokens = [tuned.cell.tokens for tuned in curve]
+    seeds = sorted(set(target.cell.seeds).intersection(*(tuned.cell.seeds for tuned in curve)))
+    reached, bound = reach(target.cell.mean, tokens, [tuned.cell.mean for tuned in curve])
     low = high = None
     if len(seeds) > 1:
         # Resample seeds, not runs. With the same seed, arms share data and initial weights, so pairing cancels noise.
-        draws = np.random.default_rng(0).choice(seeds, (RESAMPLES, len(seeds)))
-        factors = [_factor(curve, target, [int(s) for s in draw])[0] for draw in draws]
-        low, high = (float(q) for q in np.quantile(factors, (0.025, 0.975)))
-    return SpeedUp(target.tokens, factor, bound, low, high, len(seeds))
-
-
-def _factor(curve: Sequence[Cell], target: Cell, seeds: Sequence[int] | None) -> tuple[float, str]:
-    wanted = statistics.fmean(target.losses(seeds))
-    losses = [statistics.fmean(cell.losses(seeds)) for cell in curve]
-    tokens, bound = reach(wanted, [cell.tokens for cell in curve], losses)
-    return target.tokens / tokens, bound
+        random = np.random.default_rng(0)
+        draws = random.choice(len(seeds), (RESAMPLES, len(seeds)))
+        wanted, *losses = (tuned.resample(seeds, draws, random) for tuned in (target, *curve))
+        lengths = [reach(loss, tokens, row)[0] for loss, row in zip(wanted, np.transpose(losses), strict=True)]
+        low, high = (float(q) for q in np.quantile(target.cell.tokens / np.array(lengths), (0.025, 0.975)))
+    return SpeedUp(target.cell.tokens, target.cell.tokens / reached, bound, low, high, len(seeds))
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:

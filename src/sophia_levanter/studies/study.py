@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from sophia_levanter.config.files import Layer, Setting, read_layers, show_value
 from sophia_levanter.config.run import with_steps
 from sophia_levanter.errors import InputError, counted, one_line, shortened
 
-ARM_FIELDS = ("config", "settings", "grid", "tokens", "seeds", "warmup_fraction", "final_fraction")
+ARM_FIELDS = ("config", "settings", "grid", "search_runs", "tokens", "seeds", "warmup_fraction", "final_fraction")
 STUDY_FIELDS = (*(name for name in ARM_FIELDS if name != "grid"), "evaluations", "baseline", "arms")
 LONGEST_NAME = 60  # maximum length of an arm's name, for tables and legends
 SECTIONS = ("settings", "grid")
@@ -39,9 +39,11 @@ class Arm:
     Attributes:
         name: the name of the arm in tables and plots.
         layers: settings for the runs of the arm. Later layers override earlier ones.
-        grid: the values to try for each field. All combinations are trained.
+        grid: the values to try for each field. All combinations are trained, unless `search_runs` is set.
         tokens: the schedule lengths, in training tokens.
-        seeds: the seeds. Each point and length is trained with every seed.
+        seeds: the seeds. Each point and length is trained with every seed, unless `search_runs` is set.
+        search_runs: the maximum number of points that coordinate descent trains at each length with the first seed. The
+            other seeds are trained at the best point only. None to train the whole grid.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Arm:
     grid: dict[str, list[Setting]] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    search_runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class PlannedRun:
         tokens: the requested schedule length in training tokens. It is rounded to a whole number of steps.
         seed: seed for the weights, data order and samples.
         config: the complete configuration, without a run directory.
+        tuning: whether coordinate descent selects the arm's best point by this run.
     """
 
     arm: str
@@ -85,6 +89,11 @@ class PlannedRun:
     tokens: int
     seed: int
     config: TrainConfig
+    tuning: bool = False
+
+
+Place = tuple[int, ...]  # a point of a grid: for each field, the index of its value
+LossOf = Callable[[TrainConfig], float | None]
 
 
 def read_study(path: Path) -> Study:
@@ -114,38 +123,81 @@ def read_study(path: Path) -> Study:
     baseline = common.get("baseline", Setting(None)).value
     if baseline is not None and not (isinstance(baseline, str) and baseline in names):
         raise InputError(f"{path}: baseline is {show_value(baseline)}; it must be one of the arms {', '.join(names)}")
-    evaluations = common.get("evaluations", Setting(5, path))
-    if isinstance(evaluations.value, list):
-        raise InputError(f"{evaluations.prefix}evaluations is a list; it must be an integer")
-    return Study(path.stem, arms, baseline, _ints("evaluations", evaluations, low=1)[0])
+    return Study(path.stem, arms, baseline, _int("evaluations", common.get("evaluations", Setting(5, path))))
 
 
-def plan(study: Study, overrides: Layer) -> list[PlannedRun]:
+def plan(study: Study, overrides: Layer, loss_of: LossOf = lambda _: None) -> list[PlannedRun]:
     """Return all runs of a study, ordered by seed and then by schedule length.
+
+    In an arm with `search_runs`, these are the points tried so far and the next ones, which can be trained in parallel.
+    When they are done, plan again.
 
     Args:
         study: the study.
         overrides: settings for all runs, which take precedence over all other settings.
+        loss_of: returns the final validation loss of a completed run, infinite if it diverged, and None for other runs.
 
     Raises:
         InputError: if the configuration of a run is invalid. The message names the arm.
     """
     _check_not_own("--", overrides)
-    runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations)]
+    runs = [run for arm in study.arms for run in _runs_of(arm, overrides, study.evaluations, loss_of)]
     seeds = list(dict.fromkeys(seed for arm in study.arms for seed in arm.seeds))
     return sorted(runs, key=lambda run: (seeds.index(run.seed), run.tokens))
 
 
-def _runs_of(arm: Arm, overrides: Layer, evaluations: int) -> Iterator[PlannedRun]:
-    for values in itertools.product(*arm.grid.values()):
-        point = dict(zip(arm.grid, values, strict=True))
-        for tokens, seed in itertools.product(arm.tokens, arm.seeds):
-            try:
-                config = build_config([*arm.layers, point], overrides | _MANY_STEPS)
-                config = _with_schedule(config, tokens, seed, evaluations)
-            except InputError as error:
-                raise InputError(f"arm {arm.name}: {error}") from None
-            yield PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config)
+def _runs_of(arm: Arm, overrides: Layer, evaluations: int, loss_of: LossOf) -> Iterator[PlannedRun]:
+    def run(place: Place, tokens: int, seed: int, *, tuning: bool = False) -> PlannedRun:
+        point = {name: values[index] for (name, values), index in zip(arm.grid.items(), place, strict=True)}
+        try:
+            config = build_config([*arm.layers, point], overrides | _MANY_STEPS)
+            config = _with_schedule(config, tokens, seed, evaluations)
+        except InputError as error:
+            raise InputError(f"arm {arm.name}: {error}") from None
+        return PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config, tuning)
+
+    shape = [len(values) for values in arm.grid.values()]
+    if arm.search_runs is None:
+        for place in itertools.product(*map(range, shape)):
+            yield from (run(place, tokens, seed) for tokens, seed in itertools.product(arm.tokens, arm.seeds))
+        return
+    first, *fresh = arm.seeds
+    (middle,) = descend({}, shape, arm.search_runs)
+    for i, size in enumerate(shape):  # check all values now, because the search may not reach them for hours
+        for index in range(size):
+            run((*middle[:i], index, *middle[i + 1 :]), arm.tokens[0], first)
+    for tokens in arm.tokens:
+        losses: dict[Place, float] = {}
+        while next_places := descend(losses, shape, arm.search_runs):
+            runs = {place: run(place, tokens, first, tuning=True) for place in next_places}
+            yield from runs.values()
+            known = {place: loss for place in runs if (loss := loss_of(runs[place].config)) is not None}
+            if len(known) < len(runs):
+                break
+            losses |= known
+        else:
+            yield from (run(min(losses, key=losses.__getitem__), tokens, seed) for seed in fresh)
+
+
+def descend(losses: dict[Place, float], shape: Sequence[int], runs: int) -> list[Place]:
+    """Return the next points that coordinate descent tries, or nothing at a local minimum and after `runs` points.
+
+    The search starts in the middle of each list of values. It then tries the neighbors of the best point in the first
+    field that has untried ones.
+
+    Args:
+        losses: the losses at the points tried so far. Infinite values are allowed.
+        shape: the number of values of each field.
+        runs: the maximum number of points to try.
+    """
+    if not losses:
+        return [tuple((size - 1) // 2 for size in shape)]
+    best = min(losses, key=losses.__getitem__)
+    for i, size in enumerate(shape):
+        neighbors = [(*best[:i], best[i] + step, *best[i + 1 :]) for step in (1, -1) if 0 <= best[i] + step < size]
+        if untried := [place for place in neighbors if place not in losses]:
+            return untried[: runs - len(losses)]
+    return []
 
 
 def _with_schedule(config: TrainConfig, tokens: int, seed: int, evaluations: int) -> TrainConfig:
@@ -196,6 +248,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         {key: _grid_values(name, key, value) for key, value in _below("grid.", own).items()},
         tuple(_ints("tokens", fields["tokens"], low=1)),
         tuple(_ints("seeds", fields["seeds"])) if "seeds" in fields else (0,),
+        None if fields.get("search_runs", Setting(None)).value is None else _int("search_runs", fields["search_runs"]),
     )
 
 
@@ -240,6 +293,12 @@ def _grid_values(arm: str, key: str, setting: Setting) -> list[Setting]:
         shown = show_value(setting.value)
         raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} is {shown}; it must be a list of values to try")
     return [Setting(value, setting.file) for value in setting.value]
+
+
+def _int(name: str, setting: Setting) -> int:
+    if isinstance(setting.value, list):
+        raise InputError(f"{setting.prefix}{name} is a list; it must be an integer")
+    return _ints(name, setting, low=1)[0]
 
 
 def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
