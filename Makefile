@@ -28,10 +28,11 @@ lint: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict
 
-# The wheel goes to dist/. From an old build/ setuptools would take files that the source no longer has.
+# The wheel and the source distribution go to dist/. setuptools would take deleted files from an old build/.
 wheel: | .venv/bin/python
 	rm -rf build
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 
 clean:
 	rm -rf .venv .cache site build dist

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,11 @@ def python(tmp_path_factory):
         pytest.skip("pip reaches no package registry")
     built = run("make", "wheel", f"PYTHON={sys.executable}", cwd=folder)
     assert built.returncode == 0, built.stderr
-    (wheel,) = (folder / "dist").iterdir()
+    (wheel,), (source,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    from_source = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "from_source", source)
+    assert run(sys.executable, "-m", "pip", *from_source, cwd=folder).returncode == 0
+    # Files that the source distribution lacks would be missing for those who install from it.
+    assert zipfile.ZipFile(folder / "from_source" / wheel.name).namelist() == zipfile.ZipFile(wheel).namelist()
     installed = run(*pip, wheel, cwd=folder)
     assert installed.returncode == 0, installed.stderr
     shutil.rmtree(folder / "src")
