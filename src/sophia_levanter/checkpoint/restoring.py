@@ -277,7 +277,7 @@ def restore(
 
 
 def damage_in(storage: Storage, step: int) -> list[str]:
-    """Do the same as `damage` for a `Storage` that is already open."""
+    """Like `damage`, for an open storage."""
     try:
         manifest = _read_manifest(storage, step)
     except CheckpointError as error:

@@ -54,7 +54,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0 on success, 1 if a run failed, 2 on bad input, 75 if stopped, or 130 on Ctrl-C."""
+    """Run the command. Return 0 on success, 1 if a run failed, 2 on bad input, 75 on SIGTERM, or 130 on Ctrl-C."""
     interruption = Interruption()
     try:
         return run_command(argv, lambda words: _run(words, interruption), usage=USAGE)

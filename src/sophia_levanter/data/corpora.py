@@ -242,8 +242,7 @@ def find_leak(train: Tokens, validation: Tokens, tokenizer: Tokenizer, cache_dir
 
     End-of-text tokens separate documents. Documents shorter than `MIN_BYTES` bytes count only if all validation
     documents also occur in the training corpus. Memory use grows with the number of validation documents, but not with
-    the number of training documents. The comparison of large corpora is reported, and its result is cached in
-    `cache_dir`.
+    the number of training documents. Large comparisons are reported, and their results are cached in `cache_dir`.
     """
     num_tokens = train.num_tokens + validation.num_tokens
     is_large = num_tokens >= REMEMBERED_TOKENS
@@ -294,7 +293,8 @@ def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tup
     """Yield the digests, starts and ends of all non-empty documents, block by block."""
     dtype = tokenizer.dtype.newbyteorder("<")
     last = part.first + part.num_tokens
-    begin, digest = part.first, hashlib.blake2b(digest_size=DIGEST_BYTES)
+    new_digest = partial(hashlib.blake2b, digest_size=DIGEST_BYTES)
+    begin, digest = part.first, new_digest()
     for start in range(part.first, last, READ_TOKENS):
         stop = min(start + READ_TOKENS, last)
         tokens = corpus.read(start, stop).astype(dtype)
@@ -308,7 +308,7 @@ def _documents(corpus: Tokens, part: Part, tokenizer: Tokenizer) -> Iterator[tup
             if end > begin:
                 found.append((int.from_bytes(digest.digest(), "little"), begin, end))
             begin = read = end + 1
-            digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+            digest = new_digest()
         digest.update(text[max(read - start, 0) * dtype.itemsize :])
         columns = zip(*found, strict=True) if found else ([], [], [])
         yield tuple(

@@ -54,9 +54,9 @@ class Source(ABC):
         return [self.name, *self.rows.settings]
 
     @property
+    @abstractmethod
     def identity(self) -> Any:
         """A JSON value covering everything that the documents depend on."""
-        return [self.name, *self.parts, *self.rows.settings]
 
     @property
     def inputs(self) -> list[str]:

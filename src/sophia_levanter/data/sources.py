@@ -128,6 +128,10 @@ class _Texts(Source):
     def parts(self) -> list[Any]:
         return [self._identity]
 
+    @property
+    def identity(self) -> Any:
+        return [self.name, self._identity, *self.rows.settings]
+
     def where(self, position: Position) -> str:
         return f"{self.name}, document {position[1]}"
 

@@ -232,15 +232,15 @@ class TokenStoreWriter:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a source, with counts and digests of the text up to that place."""
+    """A place in a source, with counts and digests of the text up to that place; by default, the beginning."""
 
-    position: Position  # after the last document
-    tally: Tally  # the row counts up to the position
-    tally_before: Tally  # the row counts of all files before the current file
-    files_before: str  # a digest of `Source.parts` for all files before the current file
-    file: str  # a digest of `Source.parts` for the current file
-    num_documents: int  # in the current file, up to the position
-    documents: str  # a digest of these documents
+    position: Position = START  # after the last document
+    tally: Tally = field(default_factory=Tally)  # the row counts up to the position
+    tally_before: Tally = field(default_factory=Tally)  # the row counts of all files before the current file
+    files_before: str = ""  # a digest of `Source.parts` for all files before the current file
+    file: str = ""  # a digest of `Source.parts` for the current file
+    num_documents: int = 0  # in the current file, up to the position
+    documents: str = ""  # a digest of these documents
 
 
 class Trail:
@@ -251,7 +251,8 @@ class Trail:
     """
 
     def __init__(self, source: Source, place: Place | None = None) -> None:
-        self.place = place or Place(START, Tally(), Tally(), "", "", 0, "")
+        # The place before the first document is never saved, so its empty digest of the file does not matter.
+        self.place = place or Place()
         self._rows = source.rows
         self._files = [_as_bytes(part) for part in source.parts]
         self._file_digests = [_chained("", file) for file in self._files]
@@ -264,13 +265,13 @@ class Trail:
             files_before = reduce(_chained, self._files[last.position[0] : position[0]], files_before)
             num_documents, documents = 0, ""
         self.place = Place(
-            position,
-            self._rows.tally,
-            self._rows.tally_before,
-            files_before,
-            self._file_digests[position[0]],
-            num_documents + 1,
-            _chained(documents, text.encode("utf-8")),
+            position=position,
+            tally=self._rows.tally,
+            tally_before=self._rows.tally_before,
+            files_before=files_before,
+            file=self._file_digests[position[0]],
+            num_documents=num_documents + 1,
+            documents=_chained(documents, text.encode("utf-8")),
         )
 
 

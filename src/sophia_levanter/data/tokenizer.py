@@ -84,16 +84,19 @@ class Tokenizer(ABC, ChoiceRegistry):
         Raises:
             ValueError: if an id is not in `[0, vocab_size)`.
         """
+        return b"".join(self.token_bytes[token] for token in self._checked(tokens).tolist())
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Decode `tokens` to text, with U+FFFD in place of bytes that are not valid UTF-8."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def _checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             raise ValueError(
                 f"token ids must be in [0, {self.vocab_size}), but they range from {ids.min()} to {ids.max()}"
             )
-        return b"".join(self.token_bytes[token] for token in ids.tolist())
-
-    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Decode `tokens` to text, with U+FFFD in place of bytes that are not valid UTF-8."""
-        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+        return ids
 
 
 @Tokenizer.register_subclass(BYTES)
@@ -111,6 +114,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
+
+    def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        ids = self._checked(tokens)
+        return ids[ids < NUM_BYTES].astype(np.uint8).tobytes()
 
 
 class TiktokenTokenizer(Tokenizer):

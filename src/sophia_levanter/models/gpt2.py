@@ -124,8 +124,10 @@ class Gpt2(Transformer):
         return Gpt2(
             config,
             vocab_size,
-            hnn.Embedding(normal_weights(config, (Vocab, config.Embed), k_wte), Vocab, config.Embed),
-            hnn.Embedding(normal_weights(config, (config.Pos, config.Embed), k_wpe), config.Pos, config.Embed),
+            hnn.Embedding(normal_weights(config, (Vocab, config.Embed), k_wte, hidden=False), Vocab, config.Embed),
+            hnn.Embedding(
+                normal_weights(config, (config.Pos, config.Embed), k_wpe, hidden=False), config.Pos, config.Embed
+            ),
             blocks,
             _norm(config),
         )

@@ -126,7 +126,7 @@ class Llama(Transformer):
 
         def embedding(key: jax.Array) -> hnn.Embedding:
             Vocab = config.Vocab(vocab_size)
-            return hnn.Embedding(normal_weights(config, (Vocab, config.Embed), key), Vocab, config.Embed)
+            return hnn.Embedding(normal_weights(config, (Vocab, config.Embed), key, hidden=False), Vocab, config.Embed)
 
         blocks = hnn.Stacked.init(config.Layers, LlamaBlock)(config, key=jax.random.split(k_blocks, config.num_layers))
         head = None if config.tie_embeddings else embedding(k_head)

@@ -212,9 +212,12 @@ def _with(cache: Cache, keys: NamedArray, values: NamedArray, positions: NamedAr
 
 
 def normal_weights(
-    config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, hidden: bool = False, residual: bool = False
+    config: TransformerConfig, axes: AxisSpec, key: jax.Array, *, hidden: bool, residual: bool = False
 ) -> NamedArray:
-    """Draw weights from a normal distribution. The keyword arguments are passed to `config.weight_std`."""
+    """Draw weights from a normal distribution. The keyword arguments are passed to `config.weight_std`.
+
+    `hidden` states whether the weights map between hidden states, so that muP divides their variance by the width.
+    """
     return hax.random.normal(key, axes) * config.weight_std(hidden=hidden, residual=residual)
 
 

@@ -86,6 +86,7 @@ class AdEMAMix(OptaxOptimizer):
         return decayed_and_scaled(self, scale_by_ademamix(self), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 

@@ -22,7 +22,7 @@ from sophia_levanter.optim._checks import (
     python_number,
 )
 from sophia_levanter.optim._matrices import Matrices, MatrixView, by_matrix, matrix_views
-from sophia_levanter.optim._optax import cautious, check_gradient_transform, init_transform, transform_gradient
+from sophia_levanter.optim._optax import cautious, check_gradient_transform, init_transform, prepared_gradient
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
 from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, select, trainable
 
@@ -85,7 +85,7 @@ class OptaxOptimizer(eqx.Module):
         if not isinstance(state, BaselineState):
             raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         params = trainable(model)
-        grads, gradient_state, finite = transform_gradient(
+        grads, gradient_state, finite = prepared_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )
         updates, new_state = self.transformation(params).update(grads, state.optax_state, params)
@@ -174,6 +174,7 @@ class AdamW(OptaxOptimizer):
         return decayed_and_scaled(self, cautious(adam) if self.cautious else adam, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
@@ -204,13 +205,17 @@ class Lion(OptaxOptimizer):
         return decayed_and_scaled(self, optax.scale_by_lion(self.b1, self.b2, self.momentum_dtype), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0
 
 
 def decayed_and_scaled(
     optimizer: Any, direction: optax.GradientTransformation, params: PyTree
 ) -> optax.GradientTransformation:
-    """Add decoupled weight decay to a direction, and multiply the sum by the learning rate of the optimizer."""
+    """Add decoupled weight decay to a direction, and multiply the sum by the learning rate.
+
+    The fields `weight_decay`, `weight_decay_mask` and `learning_rate` of the optimizer are used.
+    """
     return optax.chain(
         direction,
         _add_decayed_weights(optimizer.weight_decay, decay_mask_tree(optimizer.weight_decay_mask, params)),
@@ -219,7 +224,7 @@ def decayed_and_scaled(
 
 
 def _add_decayed_weights(rate: Scalar, factors: PyTree[bool | float]) -> optax.GradientTransformation:
-    """Return a variant of `optax.add_decayed_weights` whose mask may contain factors that scale the rate."""
+    """Add decayed weights like `optax.add_decayed_weights`, with a factor of the rate for each parameter."""
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
 
@@ -312,6 +317,7 @@ class Muon(OptaxOptimizer):
         return decayed_and_scaled(self, direction, params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -0.5
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
@@ -347,8 +353,8 @@ def scale_by_muon(settings: Muon, views: Sequence[MatrixView]) -> optax.Gradient
             orthogonal = jax.vmap(lambda x: orthogonalized(x, state.ns_coeffs, settings.eps))(view.matrices(stack))
             return (jnp.sqrt(jnp.maximum(*view.sizes[1:])) * ADAMW_RMS * orthogonal).reshape(stack.shape)
 
-        orthogonal = by_matrix(settings.mesh_axis, step, stacks)
-        steps = [view.parameter(x) for view, x in zip(views, orthogonal, strict=True)]
+        scaled = by_matrix(settings.mesh_axis, step, stacks)
+        steps = [view.parameter(x) for view, x in zip(views, scaled, strict=True)]
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return jax.tree.unflatten(structure, steps), MuonState(count, mu, state.ns_coeffs)
 

@@ -228,10 +228,10 @@ def _diagonal(
 def draw_probe(key: Key[Array, ""], model: PyTree, probe: str) -> PyTree:
     """Draw a random direction u with E[u u^T] = I, with the shapes and dtypes of the trainable part of the model."""
     check_parameters(model)
-    draw = jax.random.rademacher if probe == "rademacher" else jax.random.normal
+    samplers: dict[str, Callable[..., Array]] = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
     leaves, structure = jax.tree.flatten(trainable(model))
     keys = jax.random.split(key, len(leaves))
-    drawn = [draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    drawn = [samplers[probe](k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
 
 

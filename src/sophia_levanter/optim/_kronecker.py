@@ -50,8 +50,8 @@ class KroneckerBasis(eqx.Module):
     projection multiplies it by one square matrix per side.
 
     Args:
-        matrices: as for `Muon`; all other parameters keep their coordinates. None is wrong for models with stacked
-            layers. If the optimizer itself is vmapped, `matrices` must be a function or None.
+        matrices: as for `Muon`; all other parameters keep their coordinates. `matrices=None` is wrong for models with
+            stacked layers. If the optimizer itself is vmapped, `matrices` must be a function or None.
         b2: decay rate of L and R per refresh, in [0, 1).
         max_size: sides with more coordinates than this are not rotated.
         mesh_axis: mesh axis over which to divide the work on matrices; if None, every device does all of it.

@@ -70,11 +70,10 @@ def by_matrix(
 
     An item whose number of matrices is a multiple of the number of devices is split directly. Other items with equal
     shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
-    Outside `jit`, or if the mesh set by `jax.set_mesh` has no such `AxisType.Auto` axis, every device does all of the
-    work.
 
     Args:
-        mesh_axis: the name of the mesh axis.
+        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work outside `jit`, or if no
+            mesh is set, the mesh does not have this axis, or the type of the axis is not `AxisType.Auto`.
         function: a function that processes each matrix independently.
         items: pytrees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """

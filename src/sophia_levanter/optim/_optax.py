@@ -57,16 +57,17 @@ def init_transform(transform: optax.GradientTransformation | None, params: PyTre
     return None if transform is None else transform.init(params)
 
 
-def transform_gradient(
+def prepared_gradient(
     transform: optax.GradientTransformation | None,
     grads: PyTree,
     state: PyTree,
     params: PyTree,
     finite: Bool[Array, ""] | None,
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
-    """Return the transformed gradient, the next state of the transformation, and whether that gradient is finite.
+    """Check the gradient, apply the transformation, if any, and return the gradient, the next state and a flag.
 
-    The state does not change if the gradient is not finite. `finite` is as for `Optimizer.update`.
+    The flag is whether the gradient is finite before and after the transformation. If it is not, the state does not
+    change. `finite` is as for `Optimizer.update`.
     """
     check_same_structure("grads", grads, params)
     grads = trainable(grads)

@@ -102,7 +102,10 @@ class Optimizer(Protocol[State]):
         ...
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:
-        """Return the whole-matrix operations, for counting FLOPs, given the number of microbatches in an estimate."""
+        """Return the whole-matrix operations, for counting FLOPs.
+
+        `num_microbatches` is the number of microbatches that estimate the curvature.
+        """
         ...
 
 

@@ -82,6 +82,7 @@ class Soap(OptaxOptimizer):
         return decayed_and_scaled(self, scale_by_soap(self), params)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:

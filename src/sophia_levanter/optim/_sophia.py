@@ -26,7 +26,7 @@ from sophia_levanter.optim._optax import (
     as_optax,
     check_gradient_transform,
     init_transform,
-    transform_gradient,
+    prepared_gradient,
 )
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
 from sophia_levanter.optim._state import (
@@ -60,7 +60,7 @@ class AbstractSophia(eqx.Module):
 
         m     <- b1 m + (1 - b1) g                       every step
         h     <- b2 h + (1 - b2) h_hat                   every `interval` steps, before the update
-        theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)             m and h bias-corrected
+        theta <- theta - lr wd theta - lr clip(m / max(rho h, eps), -1, 1)  (m and h bias-corrected by default)
 
     With a basis, m is projected into it before the division, and the clipped ratio is projected back.
 
@@ -244,8 +244,9 @@ class AbstractSophia(eqx.Module):
         """
         params = trainable(model)
         check_state(self, state)
+        check_same_structure("grads", grads, params)
         check_same_structure("state.momentum", state.momentum, params)
-        grads, gradient_state, finite = transform_gradient(
+        grads, gradient_state, finite = prepared_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
         )
         return self._step(grads, h_hat, state._replace(gradient_state=gradient_state), params, finite)
@@ -313,7 +314,7 @@ class AbstractSophia(eqx.Module):
             finite: whether the gradient of the same step is finite; the estimate is always checked.
 
         Raises:
-            ValueError: if `h_hat` has a different structure; the error names the path.
+            ValueError: if `h_hat` and `state.curvature` differ in structure; the error names the path.
         """
         check_state(self, state)
         check_same_structure("h_hat", h_hat, state.curvature)
@@ -377,6 +378,7 @@ class AbstractSophia(eqx.Module):
         return total(self.unclipped(state)) / num_coordinates(state.momentum)
 
     def width_exponent(self, inputs: int, outputs: int) -> float:
+        """Return e such that muP scales the learning rate of a matrix as width^e."""
         return -1.0 if self.basis is None else self.basis.width_exponent(inputs, outputs)
 
     def matrix_work(self, num_microbatches: int) -> MatrixWork:

@@ -276,8 +276,9 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """Return the largest of the ascending `sizes` that fits, or None. Try the last first, because `fits` is slow."""
     if fits(sizes[-1]):
         return sizes[-1]
-    number = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
-    return sizes[number - 1] if number else None
+    # The index of the first size that does not fit; the last one is known not to.
+    first_too_large = bisect_left(sizes, True, hi=len(sizes) - 1, key=lambda size: not fits(size))
+    return sizes[first_too_large - 1] if first_too_large else None
 
 
 def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:

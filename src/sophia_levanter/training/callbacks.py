@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,7 +314,7 @@ class Evaluating(Callback):
         self.monitor.console.rows(metric_rows(names, trackers.last))
 
 
-@dataclass
+@dataclass(eq=False)
 class Profiling(Callback):
     """Records a profile of the host and the devices during a range of steps.
 
@@ -327,7 +327,7 @@ class Profiling(Callback):
     steps: range
     directory: Path
     console: Console
-    _running: bool = False
+    _running: bool = field(default=False, init=False)
 
     def is_due(self, done: int) -> bool:
         """Return True before the first traced step and after the last one, so that the current step can finish."""

@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
         return found
 
 
-@dataclass
+@dataclass(eq=False)
 class Evaluator:
     """Evaluates models of the same shape on one validation set.
 

@@ -247,7 +247,7 @@ def _passes(
 ) -> RefreshStep:
     """Create the `RefreshStep` that an estimator uses to run its passes over the batch."""
     key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-    dropout_key, curvature_key = (jax.random.fold_in(key, purpose) for purpose in range(2))
+    dropout_key, curvature_key = (jax.random.fold_in(key, purpose) for purpose in (0, 1))
     losses_fn = _losses_fn(settings, dropout_key)
     first, others = curvature_rows(settings, batch)
     source = first if curvature_batch is None else curvature_batch

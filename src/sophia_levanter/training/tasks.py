@@ -172,7 +172,7 @@ class _Row(NamedTuple):
     length: int
 
 
-@dataclass
+@dataclass(eq=False)
 class TaskScorer:
     """Scores models of the same shape on tasks. `policy` sets the dtypes for parameters and computation."""
 
