@@ -262,7 +262,10 @@ BAD = {
     "arms is a list": (f"{GOOD}arms: [a]", "FILE: arms is a list; it must be a mapping"),
     "empty arm": (study_of(""), "FILE: arms.a must be a mapping"),
     "no tokens": (f"config: [tiny.yaml]\n{ARM}", "FILE: tokens is missing"),
-    "unknown key": (f"{GOOD}{ARM}token: 5", "FILE: unknown key 'token'; valid fields are config, settings, search_runs"),
+    "unknown key": (
+        f"{GOOD}{ARM}token: 5",
+        "FILE: unknown key 'token'; valid fields are config, settings, search_runs",
+    ),
     "unknown key in an arm": (study_of("{gird: {}}"), "FILE: unknown key 'arms.a.gird'; valid fields are"),
     "a grid of all arms": (f"{GOOD}{ARM}grid: {{optimizer: {{b1: [1]}}}}", "FILE: unknown key 'grid.optimizer.b1'"),
     "a run's configuration": ("model: {seq_len: 8}", "FILE: unknown key 'model.seq_len'"),
