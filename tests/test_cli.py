@@ -22,7 +22,12 @@ VERBS = ["train", "prepare_data", "inspect_data", "train_tokenizer"]  # the firs
         (["trian"], 2, f"error: unknown command 'trian'; choose from {', '.join(cli.VERBS)}; did you mean train?\n"),
         (["xyz"], 2, ", launch, tpu\n"),
         (["--help"], 0, f"usage: sophia-levanter {{{','.join(VERBS)},"),
-        *(([verb, "--help"], 0, "usage: ") for verb in cli.VERBS),
+        (["train", "--help"], 0, "--optimizer.learning_rate"),
+        *(
+            ([verb, "--help"], 0, f"usage: python -m sophia_levanter.commands.{verb}")
+            for verb in cli.VERBS
+            if verb != "train"
+        ),
         (["train", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["inspect_data", "nowhere"], 2, "nowhere contains no finished token store"),
     ],

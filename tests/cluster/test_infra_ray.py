@@ -97,6 +97,16 @@ def test_kuberay_takes_a_rayjob(name):
 
 
 @pytest.mark.parametrize("name", RAYJOBS)
+def test_a_misspelt_key_of_a_rayjob_is_refused(name):
+    changes = list(misspelt(load(name)))
+    assert len(changes) > 80
+    for where, changed in changes:
+        with pytest.raises(Refused):
+            check_rayjob(changed)
+            pytest.fail(f"{where} is taken misspelt")
+
+
+@pytest.mark.parametrize("name", RAYJOBS)
 def test_pods_have_no_rights(name):
     manifest = load(name)
     for pod in pods(manifest):

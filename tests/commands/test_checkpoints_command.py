@@ -224,3 +224,8 @@ def test_damage_is_one_line(saved, capfd):
     next((saved / "step-00000004").rglob("c*")).unlink()
     status, _, error = command(capfd, "show", saved)
     assert status == 1 and error.startswith("error: leaf ") and error.count("\n") == 1
+
+
+def test_help(capfd):
+    status, out, _ = command(capfd, "--help")
+    assert status == 0 and all(f"checkpoints {what} DIR" in out for what in ("list", "verify", "show", "diff", "prune"))

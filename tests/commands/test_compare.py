@@ -113,6 +113,14 @@ def test_a_directory_has_one_comparison_at_a_time(write, tmp_path, capfd, done):
     assert main(arguments(write(STUDY))) == 0
 
 
+def test_the_real_command(tmp_path):
+    command = [sys.executable, "-m", "sophia_levanter.commands.compare", "--config", "nowhere.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plans_and_mistakes_need_no_heavy_imports_and_no_letters(write):
     script = """
 import sys

@@ -108,6 +108,12 @@ def test_what_does_not_divide(mesh, trainer, devices, field, axes):
     assert str(error.value).startswith(f"{field} is not divisible by the {devices} devices on {axes}; use a multiple")
 
 
+def test_what_divides_is_proposed():
+    config = TrainConfig(model=MODEL, mesh=MeshConfig(model=4), trainer=TrainerConfig(batch_size=12))
+    with pytest.raises(InputError, match=r"; use a multiple of 4, such as 4, or mesh.heads null$"):
+        check_mesh(config, 4)
+
+
 def test_all_that_does_not_divide_is_said_at_once():
     trainer = TrainerConfig(batch_size=12, microbatch_size=6)
     config = TrainConfig(model=MODEL, mesh=MeshConfig(fsdp="layers"), trainer=trainer)

@@ -76,7 +76,7 @@ def test_a_damaged_note_of_progress_is_begun_anew(config: DataConfig) -> None:
 @pytest.mark.timeout(300)
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_bytes(json_lines([f"{text} {number} " * 100 for number in range(20) for text in TEXTS]))
+    text.write_bytes(json_lines([f"{text} {number} " * 100 for number in range(50) for text in TEXTS]))
     assert len(kill_at_random(str(text), "bytes", 3, tmp_path, seed=0)) == 3
 
 

@@ -111,6 +111,13 @@ def changed(file, **tensors):
     return file
 
 
+def test_a_checkpoint_of_more_layers_than_it_has(model, save_checkpoint):
+    file = save_checkpoint(model, model_args=nanogpt_args(model.config, n_layer=1_000_000))
+    assert "model_args does not match the weights: n_layer is 1000000, but the weights have 2" in refused(
+        file, model.config
+    )
+
+
 @pytest.mark.parametrize("kind", ["meta", "sparse_coo", "stride 0", "overlapping"])
 def test_tensors_whose_numbers_are_not_all_in_the_file(kind, model, save_checkpoint):
     import torch
