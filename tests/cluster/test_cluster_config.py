@@ -61,6 +61,7 @@ def test_each_backend_has_its_fields(tmp_path):
         ("backend: local\nenv: A=hunter2\n", "env is *** (str); it must be a mapping of NAME: VALUE pairs"),
         ("backend: local\nenv: {1A: x}\n", "'1A' is not a valid environment variable name"),
         ("backend: local\nsecrets: WANDB_API_KEY\n", "secrets is 'WANDB_API_KEY'; it must be a list of strings"),
+        ("backend: local\nsecrets: ['A=b']\n", "'A=b' is not a valid environment variable name"),
         ("backend: ray\n", "specify either workers (the number of processes) or accelerator"),
         ("backend: ray\nworkers: 2\naccelerator: v4-32\n", "specify either workers"),
         ("backend: ray\naccelerator: v4-33\n", "accelerator is 'v4-33'; it must be one of v4-8, v4-16"),
@@ -69,6 +70,8 @@ def test_each_backend_has_its_fields(tmp_path):
             "backend: ray\nworkers: 2\naddress: ray://head:10001\n",
             "address is 'ray://head:10001'; it must be auto, local",
         ),
+        ("backend: ray\nworkers: 2\naddress: head\n", "address is 'head'; it must be auto, local or HOST:PORT"),
+        ("backend: ray\nworkers: 2\nauth: none\n", "auth is 'none'; it must be disabled or token"),
         ("backend: slurm\nsave_before: 100\n", "save_before is 100; it must be at least stop_timeout 120 + 30"),
         ("backend: slurm\npartition: a b\n", "partition is 'a b'; it must be a single word"),
         (
@@ -77,6 +80,10 @@ def test_each_backend_has_its_fields(tmp_path):
         ),
         ("backend: gcloud\nzone: z\n", "accelerator is missing; specify a TPU slice such as v4-32"),
         ("backend: gcloud\naccelerator: v4-8\n", "zone is missing"),
+        (
+            "backend: gcloud\nzone: z\naccelerator: v4-8\ncapacity: cheap\n",
+            "capacity is 'cheap'; it must be one of on-",
+        ),
         ("backend: gcloud\nzone: z\naccelerator: v4-8\nname: A_b\n", "name is 'A_b'; it must be at most 40"),
     ],
 )

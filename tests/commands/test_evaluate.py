@@ -141,7 +141,9 @@ def test_an_exported_model_on_a_text(trained, other, evaluated):
 
 BAD = {
     "no model": ([], "expected one MODEL, found 0"),
+    "two models": (["a", "b"], "expected one MODEL, found 2"),
     "no windows": (["RUN", "--windows", "0"], "--windows is 0; it must be at least 1"),
+    "no batch": (["RUN", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
     "no number": (["RUN", "--windows", "all"], "--windows is 'all'; it must be an integer"),
     "nowhere": (["nowhere"], "nowhere does not exist"),
     "a folder without a text": (["FOLDER"], "--data.validation TEXT is missing: FOLDER is not a run"),

@@ -45,6 +45,8 @@ def test_a_run_goes_out_and_another_starts_from_it(trained, tmp_path, monkeypatc
 
 BAD = {
     "no words": ([], "expected MODEL and OUT_DIR, found 0 arguments"),
+    "no folder": (["MODEL"], "expected MODEL and OUT_DIR, found 1 argument"),
+    "too many": (["MODEL", "out", "more"], "found 3 arguments"),
     "no model": (["nowhere", "out"], "nowhere does not exist"),
     "an unknown dtype": (["MODEL", "out", "--dtype", "float64"], "--dtype is 'float64'; it must be one of float32, bf"),
     "files": (["MODEL", "full"], "full already contains files; specify an empty or new folder"),

@@ -122,6 +122,7 @@ def test_a_cluster_of_a_plug_in(config_file, tmp_path, monkeypatch, capsys):
             "/proc/no/run cannot be used",
         ),
         (["status"], "expected one run directory"),
+        (["status", "a", "b"], "expected one run directory"),
         (["logs", "FOLDER"], "contains no launched run"),
         (["stop", "nowhere"], "nowhere contains no launched run"),
         (["stats", "FOLDER"], "unknown command 'stats'; choose from status, logs, stop; did you mean status?"),

@@ -172,6 +172,7 @@ BAD = {
     "sophia x=sophia": "x=sophia is the same run as sophia",
     "sophia sophia=adamw": "two runs are named sophia: sophia and adamw; rename one of them with NAME=RUN_DIR",
     "=sophia": "'=sophia' is missing a name or a directory",
+    "x=": "'x=' is missing a name or a directory",
     "empty": "empty contains no config.yaml; specify a run directory",
 }
 

@@ -137,11 +137,14 @@ def test_a_reader_that_leaves(run_dir):
     ("words", "message"),
     [
         ([], "expected one MODEL, found 0; pass each prompt with --prompt"),
+        (["RUN", "Once upon"], "expected one MODEL, found 2"),
+        (["RUN", "--prompt", "x" * 17], "prompt 1 has 17 tokens, but the model's context length is 16"),
         (
             ["RUN", "--prompt", "x", "--prompt", "y" * 1700],
             "prompt 2 has 1,700 tokens, but the model's context length is 16",
         ),
         (["RUN", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
+        (["RUN", "--samples", "0"], "--samples is 0; it must be at least 1"),
         (["RUN", "--seed", "-1"], "--seed is '-1'; it must be an integer"),
         (["RUN", "--top_p", "1.5"], "top_p is 1.5; it must be in (0, 1]"),
         (["RUN", "--top_p", "most"], "--top_p is 'most'; it must be a number"),

@@ -88,6 +88,7 @@ CASES = [
         AdamW,
         {"b1": 0.8, "b2": 0.7, "eps": 1e-5, "nesterov": True},
     ),
+    (AdamWConfig(**RATES), AdamW, {"nesterov": False}),
     (LionConfig(**RATES, b1=0.8, b2=0.7), Lion, {"b1": 0.8, "b2": 0.7}),
     (
         MuonConfig(**RATES, beta=0.9, b1=0.8, b2=0.7, eps=1e-5),

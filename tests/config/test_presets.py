@@ -8,6 +8,8 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionConfig, MuonConfig, SoapConfig
 from sophia_levanter.config.command_line import load_config
+from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config, LlamaConfig
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import CosineSchedule
@@ -87,7 +89,16 @@ def test_shipped_configuration(file):
     )
 
 
-@pytest.mark.parametrize(("name", "count"), [("gpt2_small", 124_373_760), ("llama_1b", 1_076_168_704)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2_small", 124_373_760),
+        ("gpt2_large", 773_582_080),
+        ("llama_nano", 7_226_496),
+        ("llama_125m", 123_587_328),
+        ("llama_1b", 1_076_168_704),
+    ],
+)
 def test_parameter_count(name, count):
     """With 50,304 rows in the embedding."""
     model = abstract_model(loaded(CONFIG_DIR / f"{name}_adamw.yaml").model, 50304)
@@ -188,19 +199,86 @@ def test_warmup_must_end_within_the_run():
         TrainConfig(optimizer=SophiaGConfig(warmup=11), trainer=TrainerConfig(num_train_steps=10))
 
 
+NOT_A_NUMBER = float("nan")
+
+
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
-        # Declared bounds: test_settings.py tries each kind.
-        (Gpt2Config, "dropout", 1.0),
-        (SophiaGConfig, "rho", 0.0),
-        (TrainerConfig, "seed", 2**32),
-        # What each class checks itself.
+        *((Gpt2Config, name, 0) for name in ("num_layers", "num_heads", "embed_dim", "seq_len", "mlp_ratio")),
+        (Gpt2Config, "loss_block_size", 0),
         (Gpt2Config, "num_heads", 7),
+        (Gpt2Config, "dropout", 1.0),
+        (Gpt2Config, "dropout", NOT_A_NUMBER),
+        (Gpt2Config, "layer_norm_epsilon", 0.0),
+        (Gpt2Config, "initializer_range", -1.0),
+        (Gpt2Config, "gradient_checkpointing", "some"),
+        *((OptimizerConfig, "learning_rate", value) for value in (0.0, -1.0, NOT_A_NUMBER)),
         (OptimizerConfig, "final_learning_rate", 1.0),
-        (SophiaHConfig, "denominator", "add"),
+        (OptimizerConfig, "final_learning_rate", -1.0),
+        *((OptimizerConfig, "final_fraction", value) for value in (-0.1, 1.1)),
+        *((OptimizerConfig, "warmup", value) for value in (1.5, NOT_A_NUMBER)),
         (TrainerConfig, "evaluate_every", 2.5),
+        (TrainerConfig, "statistics_every", 2.5),
+        (OptimizerConfig, "warmup", -1),
+        (OptimizerConfig, "weight_decay", -0.1),
+        *((cls, beta, 1.0) for cls in TYPES.values() for beta in ("b1", "b2")),
+        *((cls, "rho", 0.0) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((cls, "eps", 0.0) for cls in (SophiaGConfig, SophiaHConfig, AdamWConfig)),
+        *((cls, "interval", 0) for cls in (SophiaGConfig, SophiaHConfig)),
+        *((SophiaGConfig, "curvature_batch_fraction", value) for value in (0.0, 1.1)),
+        (SophiaGConfig, "curvature_reduce", "mean"),
+        (SophiaGConfig, "curvature_labels", "true"),
+        *((MuonConfig, beta, value) for beta in ("beta", "b1", "b2") for value in (1.0, -0.1)),
+        (MuonConfig, "eps", 0.0),
+        (SoapConfig, "eps", 0.0),
+        *((AdEMAMixConfig, name, 1.0) for name in ("b1", "b2", "b3")),
+        *((AdEMAMixConfig, name, -1.0) for name in ("alpha", "slow_warmup")),
+        *((SoapConfig, name, 0) for name in ("interval", "basis_max_size")),
+        *((SophiaGConfig, "curvature_max_grad_norm", value) for value in (0.0, -1.0)),
+        (SophiaHConfig, "probe", "uniform"),
+        (SophiaHConfig, "num_probes", 0),
+        (SophiaHConfig, "curvature_microbatch_size", 0),
+        *((SophiaHConfig, name, -1) for name in ("first_refresh", "initial_refreshes")),
+        *((SophiaGConfig, "target_win_rate", value) for value in (0.0, 1.0)),
+        (SophiaGConfig, "denominator", "sum"),
+        (SophiaHConfig, "denominator", "add"),
+        (SophiaGConfig, "basis", "eigen"),
+        (SophiaHConfig, "basis_b2", 1.0),
+        (SophiaGConfig, "curvature_dtype", "float16"),
+        (AdamWConfig, "momentum_dtype", "half"),
+        (SophiaHConfig, "basis_max_size", 0),
+        (SophiaGConfig, "refresh_order", "during"),
+        *(
+            (TrainerConfig, name, 0)
+            for name in (
+                "num_train_steps",
+                "batch_size",
+                "microbatch_size",
+                "max_skipped_steps",
+                "evaluate_every",
+                "evaluation_windows",
+                "checkpoint_every",
+                "keep_checkpoints",
+                "log_every",
+                "statistics_every",
+                "max_grad_norm",
+            )
+        ),
         (TrainerConfig, "microbatch_size", 7),
+        (TrainerConfig, "seed", -1),
+        (TrainerConfig, "seed", 2**32),
+        (TrainerConfig, "sample_tokens", -1),
+        *((TrainerConfig, name, "float16") for name in ("compute_dtype", "parameter_dtype")),
+        *((Gpt2Config, name, 2**20 + 1) for name in ("num_layers", "num_heads", "embed_dim", "seq_len")),
+        (Gpt2Config, "attention", "flash"),
+        (TrainerConfig, "num_train_steps", 2**31),
+        (TrainerConfig, "batch_size", 2**20 + 1),
+        (DataConfig, "validation_fraction", 2.0),
+        (DataConfig, "num_workers", -1),
+        *((DataConfig, name, "drop") for name in ("invalid_utf8", "bad_rows")),
+        (MeshConfig, "heads", "data"),
+        (MeshConfig, "position", "model"),
     ],
 )
 def test_value_out_of_range_names_the_field_and_the_value(cls, field, value):

@@ -19,6 +19,7 @@ OTHER = TrackingConfig("offline", "project", "entity", "name", "group", True)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"wandb": "on"}, "tracking.wandb is 'on'; it must be one of online, offline, or null"),
         ({"wandb_name": " "}, "tracking.wandb_name is ' '; it must be 1 to 128 characters long"),
         ({"wandb_group": "x" * 129}, f"tracking.wandb_group is '{'x' * 129}'; it must be 1 to 128 characters long"),
         ({"wandb_project": "a/b"}, "tracking.wandb_project is 'a/b'; a project name cannot contain '/'"),

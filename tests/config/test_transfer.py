@@ -156,6 +156,8 @@ def test_the_factors_are_shown(monkeypatch):
             "model.base_num_layers is 1, but model.scale_attn_by_inverse_layer_idx makes attention scores depend on ",
         ),
         (OPTIONS[:2], "model.base_embed_dim is missing; model.parametrization mup requires the width at which "),
+        ((*OPTIONS, "0"), "model.base_embed_dim is 0; it must be between 1 and 1048576"),
+        (("--model.parametrization", "mu"), "model.parametrization is 'mu'; it must be standard or mup"),
         (
             (*OPTIONS, "8", "--plugins", "adan", "--optimizer.type", "adan"),
             "model.parametrization is 'mup', but optimizer.type adan does not define how its learning rate scales "

@@ -111,6 +111,7 @@ def test_tasks(write):
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
+        ("[{task: squad, file: f}]", "trainer.tasks.task is 'squad'; it must be one of hellaswag, piqa, arc, lambada"),
         ("[{task: piqa}]", "trainer.tasks[0].file is missing; valid fields are task, file, name"),
         ("[{task: piqa, file: f, name: a b}]", "trainer.tasks: 'a b' is not a valid name; use letters"),
         (

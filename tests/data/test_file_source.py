@@ -223,6 +223,7 @@ def test_another_text_field(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16"), "is UTF-16LE, not UTF-8; convert it with iconv -f UTF-16LE"),
         ("a.jsonl.gz", gzip.compress(b"\xfe\xff\0a", mtime=0), "is UTF-16BE"),
         ("a.txt", "text".encode("utf-32"), "is UTF-32LE"),
+        ("a.txt", b"\0\0\xfe\xff\0\0\0a", "is UTF-32BE"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.json", b'{\n "text": "pretty"\n}', ":1 is not valid JSON"),
         ("a.json", b'[{"text": "1"} {"text": "2"}]', "record 2, is neither"),

@@ -125,6 +125,7 @@ def test_shards_of_llm_c(tmp_path: Path, magic: int, version: int, dtype: str, n
     ("begin", "options", "expected"),
     [
         (header(20240520, 2, 2000), "", "has an llm.c header (20240520) with version 2; only version 1 is supported"),
+        (header(20240520, 1, 1999), "", "has 2000 tokens, but its header specifies 1999"),
         (header(20240520, 1, 2001), "", "has 2000 tokens, but its header specifies 2001"),
         (header(20240801, 7, 2000), "", "has 1000 tokens, but its header specifies 2000"),
         (header(20240520, 1, 2000), "?dtype=uint32", "the header specifies dtype uint16, not uint32; remove ?dtype="),

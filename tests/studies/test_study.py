@@ -331,6 +331,10 @@ BAD = {
         study_of("{grid: {trainer: {seed: [1, 2]}}}"),
         "FILE: arms.a.grid.trainer.seed has no effect in a study; use seeds instead",
     ),
+    "evaluations of an arm": (
+        study_of("{settings: {trainer: {evaluate_every: 9}}}"),
+        "FILE: arms.a.settings.trainer.evaluate_every has no effect in a study; use evaluations instead",
+    ),
 }
 
 
