@@ -99,10 +99,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def plan_run(command: Command) -> tuple[RunDirectory, TrainConfig]:
-    """Check that the configuration works in this environment, choose the run directory, and make paths absolute.
+    """Check the configuration in this environment, choose the run directory, and make paths absolute. Write no files.
 
     Raises:
-        InputError: if the launcher, a missing package or the run directory prevents the run. No files are written.
+        InputError: if the run cannot start because of the launcher, a missing package or the run directory.
     """
     from sophia_levanter.config.mesh import check_launcher
     from sophia_levanter.config.run import check_installed

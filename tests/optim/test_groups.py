@@ -140,7 +140,7 @@ def test_roles_that_do_not_fit(groups, roles, message):
     [
         ((), "match is None and role is None; specify exactly one of them"),
         (("a", 1.0, None, "matrix"), "match is 'a' and role is 'matrix'; specify exactly one of them"),
-        (("(",), "match is '\\('; it is not a valid regular expression"),
+        (("(",), "match '\\(' is not a valid regular expression"),
         (("a", -1.0), "learning_rate"),
         (("a", 1.0, -1.0), "weight_decay"),
     ],

@@ -36,7 +36,7 @@ class Retention:
     """The steps to keep after a save. Later steps, left over from before a rollback, are always kept.
 
     Attributes:
-        last: keep this many of the newest steps.
+        last: number of newest steps to keep.
         every: also keep all multiples of this number, if given.
         best: also keep this step, if given.
 

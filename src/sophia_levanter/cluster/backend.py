@@ -39,7 +39,7 @@ class Job:
 
 
 def training_command(python: str, config_file: str, mesh: Mapping[str, object] | None = None) -> list[str]:
-    """Return the command line of a training process, which starts or resumes the run.
+    """Return the command line for a training process, which starts or resumes the run.
 
     Args:
         python: the Python interpreter.

@@ -43,7 +43,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Return 0 on success, 1 on damage or failure, 2 on bad input, or 130 on Ctrl-C."""
+    """Run the command. Return 0 on success, 1 on failure or a corrupt checkpoint, 2 on bad input, or 130 on Ctrl-C."""
     return run_on_model(argv, parse, _export, usage=USAGE, interrupted="interrupted; nothing was written")
 
 

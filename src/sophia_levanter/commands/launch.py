@@ -47,7 +47,7 @@ the run; a second Ctrl-C stops it immediately."""
 
 @dataclass(frozen=True)
 class Launch:
-    """The parsed command line of a launch.
+    """The launcher's parsed command line.
 
     Attributes:
         config: the run's configuration, including its run directory.
@@ -82,7 +82,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Launch:
-    """Parse the command line of a launch.
+    """Parse the launcher's command line.
 
     Raises:
         InputError: if an argument is unknown, a file is invalid, or the run directory contains another run.

@@ -1,4 +1,4 @@
-"""Parse the command line of a training run into a TrainConfig, and format its help text, without slow imports."""
+"""Parse a training command line into a TrainConfig, and format its help text, without slow imports."""
 
 from __future__ import annotations
 

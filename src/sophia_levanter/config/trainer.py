@@ -281,7 +281,7 @@ class Sampling(Settings):
     """How to sample a token: the temperature is applied first, then `top_k`, then `top_p`."""
 
     temperature: float = setting(0.8, "sampling temperature; 0 always selects the most likely token", low=0)
-    top_k: int | None = setting(None, "sample only from this many of the most likely tokens, including ties", low=1)
+    top_k: int | None = setting(None, "sample only from the top_k most likely tokens and any tied with the last", low=1)
     top_p: float | None = setting(
         None, "sample from the smallest set of most likely tokens with at least this total probability", above=0, high=1
     )

@@ -1,4 +1,4 @@
-"""Preparation of training and validation tokens, and detection of documents that occur in both."""
+"""Prepare training and validation tokens, and detect documents that occur in both."""
 
 from __future__ import annotations
 

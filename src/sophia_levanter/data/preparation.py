@@ -1,4 +1,4 @@
-"""Preparation of token stores from documents, in one process at a time. An interrupted preparation can be resumed."""
+"""Prepare token stores from documents, one process at a time. An interrupted job can be resumed."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class Preparation:
 
 
 class _Speed:
-    """Measures the speed of the preparation, and estimates the time left."""
+    """Measures how fast data is prepared, and estimates the time left."""
 
     def __init__(self, writers: list[TokenStoreWriter], source: Source) -> None:
         self._started = time.monotonic()

@@ -33,8 +33,8 @@ def generate(
 
     For each token, the model processes one position, not the whole context. When the context of a row is full, its last
     half is processed again as a new context, because learned positions cannot be shifted. The tokens of a row depend
-    only on its prompt and its key, not on other rows. The rows are sharded over the devices on the batch axis if the
-    number of rows is a multiple of the number of devices.
+    only on its prompt and its key, not on other rows. The rows are sharded across the devices along the batch axis if
+    the number of rows is a multiple of the number of devices.
 
     Args:
         model: a trained model in the compute dtype; if it is sharded, its partition must be active.

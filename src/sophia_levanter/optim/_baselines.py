@@ -224,7 +224,7 @@ def decayed_and_scaled(
 
 
 def _add_decayed_weights(rate: Scalar, factors: PyTree[bool | float]) -> optax.GradientTransformation:
-    """Add decayed weights like `optax.add_decayed_weights`, with a factor of the rate for each parameter."""
+    """Add decayed weights like `optax.add_decayed_weights`, but scale the rate by a factor for each parameter."""
     if all(isinstance(factor, bool) for factor in jax.tree.leaves(factors)):
         return optax.add_decayed_weights(rate, factors)
 
@@ -259,8 +259,8 @@ class Muon(OptaxOptimizer):
     and the steps are the same as in `optax.contrib.muon`.
 
     Args:
-        beta: decay rate of the momentum of matrices, in [0, 1).
-        b1, b2: decay rates of the first and second moment of the other parameters, in [0, 1).
+        beta: decay rate of the momentum for matrices, in [0, 1).
+        b1, b2: decay rates of the first and second moments for the other parameters, in [0, 1).
         eps: added to the square root of the second moment, and to the norm by which a matrix is initially divided.
         matrices: a pytree (or a prefix of one), or a function that maps the parameters to one. Its leaves are
             `optax.contrib.MuonDimensionNumbers`, which specify the input (reduction) and output axes of a parameter to

@@ -29,7 +29,7 @@ REDUCTIONS = ("square_then_average", "average_then_square")
 
 
 class AbstractSquaredGradient(eqx.Module):
-    """Base class of estimators B * g^2 from the gradient g of the mean loss on B targets; see `GaussNewtonBartlett`."""
+    """Base class for estimators that compute B * g^2, where g is the gradient of the mean loss over B targets."""
 
     samples_targets: AbstractClassVar[bool]
     forward_mode: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class AbstractSquaredGradient(eqx.Module):
         return self._squared(wide, num_targets) if self.reduction == "square_then_average" else wide
 
     def finished(self, total: PyTree, num_targets: Float[Array, ""]) -> PyTree:
-        """Return the estimate, given the sums of `accumulated` and of the number of targets over all microbatches."""
+        """Return the estimate, given `accumulated` and the number of targets, each summed over all microbatches."""
         if self.reduction == "average_then_square":
             total = self._squared(total, num_targets)
         return jax.tree.map(lambda x: x / num_targets, total)
@@ -76,7 +76,7 @@ class AbstractSquaredGradient(eqx.Module):
 
 
 class GaussNewtonBartlett(AbstractSquaredGradient):
-    """Estimator B * g^2, where g is the gradient of the mean loss on B targets drawn from the model's own distribution.
+    """Estimator B * g^2, where g is the gradient of the mean loss over B targets drawn from the model's distribution.
 
     Its mean is the diagonal of the Gauss-Newton matrix (Algorithm 2), and it is never negative. It measures the
     curvature of the mean negative log-likelihood. If the training loss is c times as large, multiply rho by c.
@@ -134,8 +134,8 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...].
             key: a JAX random key for the targets.
-            weights: the weight of each target in the mean loss, 1 by default; 0 excludes the target. The shape is that
-                of the losses, preceded by the microbatch axis if there are microbatches.
+            weights: the weight of each target in the mean loss, 1 by default; 0 excludes the target. The shape matches
+                the losses, with a leading microbatch axis if there are microbatches.
 
         Raises:
             ValueError, TypeError: if the likelihood does not accept the outputs.
@@ -169,7 +169,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         """Compute the estimate from a function that draws its own targets, such as a blocked loss over a vocabulary.
 
         Args:
-            sampled_loss: (model, key) or (model, microbatch, key) -> (mean loss on B targets drawn from the model's
+            sampled_loss: (model, key) or (model, microbatch, key) -> (mean loss over B targets drawn from the model's
                 own distribution, B).
             model: any pytree.
             microbatches: a pytree of arrays [microbatch, ...]; each gets its own key.
@@ -178,7 +178,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         return _estimate(self, "sampled_loss", sampled_loss, model, microbatches, key)
 
     def sampled_loss(self, outputs: Any, *, key: Key[Array, ""], weights: Any = None) -> tuple[Array, Array]:
-        """Return the mean loss on B targets drawn from the distribution given by the outputs, and B.
+        """Draw targets from the distribution given by the outputs, and return their mean loss and their number B.
 
         Args:
             outputs: the model's outputs, an array or a NamedArray.
@@ -216,7 +216,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
 
 
 class EmpiricalFisher(AbstractSquaredGradient):
-    """Estimator B * g^2, where g is the training gradient, that is, the gradient of the mean loss on B true targets.
+    """Estimator B * g^2, where g is the training gradient, that is, the gradient of the mean loss over B true targets.
 
     The mean of g is not 0 and contributes to the estimate, so this does not estimate the Gauss-Newton diagonal
     (Kunstner, Balles and Hennig 2019, arXiv 1905.12558). The arguments are the same as for `GaussNewtonBartlett`.
@@ -249,7 +249,7 @@ class EmpiricalFisher(AbstractSquaredGradient):
         """Compute B * g^2 on the true targets.
 
         Args:
-            loss_fn: model or (model, microbatch) -> (mean loss on B true targets, B).
+            loss_fn: model or (model, microbatch) -> (mean loss over B true targets, B).
             model, microbatches: as for `GaussNewtonBartlett`.
             key: a JAX random key, used only by other estimators.
         """

@@ -82,7 +82,7 @@ def split_at(microbatches: PyTree, first: int) -> tuple[PyTree, PyTree | None]:
 def sum_over_microbatches(
     function: Callable[[PyTree, Any], PyTree], microbatches: PyTree, start: PyTree | None = None
 ) -> PyTree:
-    """Add `function(microbatch, index)` to `start` (by default, zeros), using `lax.scan` over the first axis."""
+    """Sum `function(microbatch, index)` over the first axis with `lax.scan`, starting from `start` or from zeros."""
 
     def at(index: Any) -> PyTree:
         return function(jax.tree.map(lambda x: _at(x, index), microbatches, is_leaf=is_named), index)

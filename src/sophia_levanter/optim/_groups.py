@@ -49,7 +49,7 @@ class ParameterGroup:
         try:
             re.compile(self.match or "")
         except re.error as error:
-            raise ValueError(f"match is {self.match!r}; it is not a valid regular expression: {error}") from None
+            raise ValueError(f"match {self.match!r} is not a valid regular expression: {error}") from None
         check_number("learning_rate", self.learning_rate, low=0)
         if self.weight_decay is not None:
             check_number("weight_decay", self.weight_decay, low=0)
@@ -104,7 +104,7 @@ class ParameterGroups(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
+        """Return the step to add to the model, and the next state. See the optimizer for arguments and errors."""
         updates, after = self.optimizer.update(grads, state, model, h_hat, finite=finite)
         factors = self.learning_rate_factors(model)
         scaled = jax.tree.map(lambda u, r: u if r == 1 else (r * u).astype(u.dtype), updates, factors)
@@ -143,7 +143,7 @@ class ScaledGradients(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, Any]:
-        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
+        """Return the step to add to the model, and the next state. See the optimizer for arguments and errors."""
 
         def scaled(name: str, scales: Callable[[PyTree], PyTree[float]], tree: PyTree) -> PyTree:
             factors = fit_prefix(name, scales, trainable(model), lambda x: isinstance(x, float), "a float")

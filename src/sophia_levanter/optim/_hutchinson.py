@@ -206,7 +206,7 @@ def _diagonal(
 ) -> PyTree:
     """Average u * (M u) over the probes, in float32 or wider, for random u with E[u u^T] = I.
 
-    `product(u, microbatch, index)` returns M u for the microbatch, multiplied by its weight, and that weight.
+    `product(u, microbatch, index)` returns a pair: M u for the microbatch scaled by its weight, and the weight itself.
     """
 
     def one(key: Key[Array, ""], _: Any) -> PyTree:

@@ -41,8 +41,8 @@ class KroneckerBasis(eqx.Module):
         G in the basis is Q_L^T G Q_R
 
     The basis starts at the identity and tracks the eigenvectors with one step of orthogonal iteration at each refresh,
-    as in SOAP (Vyas et al. 2024, arXiv 2409.11321). Shampoo (Gupta et al. 2018, arXiv 1802.09568) keeps such moments of
-    gradients; George et al. 2018 (arXiv 1806.03884) use a diagonal in such a basis. When the basis is rotated by
+    as in SOAP (Vyas et al. 2024, arXiv 2409.11321). Shampoo (Gupta et al. 2018, arXiv 1802.09568) keeps similar moments
+    of gradients; George et al. 2018 (arXiv 1806.03884) use a diagonal in such a basis. When the basis is rotated by
     A = Q_L^T Q_L,old and C = Q_R^T Q_R,old, a diagonal h becomes (A * A) h (C * C)^T, the diagonal of the rotated
     matrix.
 

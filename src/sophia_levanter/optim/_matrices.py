@@ -72,8 +72,8 @@ def by_matrix(
     shapes and views are concatenated and padded with zeros, so that parameters with one matrix each are split as well.
 
     Args:
-        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work outside `jit`, or if no
-            mesh is set, the mesh does not have this axis, or the type of the axis is not `AxisType.Auto`.
+        mesh_axis: an axis of the mesh set by `jax.set_mesh`. Every device does all of the work if the call
+            is outside `jit`, no mesh is set, the mesh lacks this axis, or the axis type is not `AxisType.Auto`.
         function: a function that processes each matrix independently.
         items: pytrees of stacks [matrix, ...]; all stacks and results of an item have the same number of matrices.
     """

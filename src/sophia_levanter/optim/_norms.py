@@ -39,7 +39,7 @@ class NormControlState(NamedTuple):
 
 
 class _NormControl(OptimizerWrapper):
-    """Base class of `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
+    """Base class for `Hyperball` and `CautiousWeightDecay`, which change only the steps of the wrapped optimizer."""
 
     def _radii(self, params: PyTree) -> tuple:
         """Return the radii to store in the initial state."""
@@ -53,7 +53,7 @@ class _NormControl(OptimizerWrapper):
         """Return the state before the first step.
 
         Raises:
-            ValueError, TypeError: as raised by the optimizer. `Hyperball` raises a ValueError if it has no matrices.
+            ValueError, TypeError: as raised by the optimizer. `Hyperball` raises a ValueError if no leaf is a matrix.
         """
         inner = self.optimizer.init(model)
         return NormControlState(jnp.zeros((), jnp.int32), inner, self._radii(trainable(model)))
@@ -70,7 +70,7 @@ class _NormControl(OptimizerWrapper):
         *,
         finite: Bool[Array, ""] | None = None,
     ) -> tuple[PyTree, NormControlState]:
-        """Return the step to add to the model, and the next state. Arguments and errors are those of the optimizer."""
+        """Return the step to add to the model, and the next state. See the optimizer for arguments and errors."""
         if not isinstance(state, NormControlState):
             raise TypeError(f"state is a {type(state).__name__}; it must be the result of init(model)")
         updates, inner = self.optimizer.update(grads, state.optimizer_state, model, h_hat, finite=finite)

@@ -66,7 +66,7 @@ def prepared_gradient(
 ) -> tuple[PyTree, PyTree, Bool[Array, ""]]:
     """Check the gradient, apply the transformation, if any, and return the gradient, the next state and a flag.
 
-    The flag is whether the gradient is finite before and after the transformation. If it is not, the state does not
+    The flag is True if the gradient is finite before and after the transformation; otherwise, the state does not
     change. `finite` is as for `Optimizer.update`.
     """
     check_same_structure("grads", grads, params)
@@ -88,7 +88,7 @@ def as_optax(optimizer: AbstractSophia) -> optax.GradientTransformationExtraArgs
     passed with the last micro-step is used, and `should_skip_update_fn=optax.skip_not_finite` is required: without it,
     one nan gradient makes all later updates zero.
 
-    Without estimates, Sophia reduces to sign descent. If `update` is not traced, it warns once if it has received no
+    Without estimates, Sophia reduces to sign descent. When not traced, `update` warns once if it has received no
     estimate by the time a second refresh is due.
     """
 

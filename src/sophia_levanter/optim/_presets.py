@@ -41,7 +41,7 @@ class Sophia(AbstractSophia):
         >>> optimizer = Sophia(learning_rate=0.1, weight_decay=0.0)
         >>> params = {"w": jnp.asarray([1.0, -2.0])}
         >>> updates, state = optimizer.update(params, optimizer.init(params), params)
-        >>> updates["w"].tolist()  # without an estimate h is 0, and the step the sign of m
+        >>> updates["w"].tolist()  # without an estimate, h is 0 and the step follows the sign of m
         [-0.10000000149011612, 0.10000000149011612]
     """
 

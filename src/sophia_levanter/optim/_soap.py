@@ -57,7 +57,7 @@ class Soap(OptaxOptimizer):
 
     Examples:
         >>> optimizer, params = Soap(basis=KroneckerBasis(b2=0.95, max_size=512)), {"w": jnp.ones((2, 3))}
-        >>> optimizer.init(params).optax_state[0].basis[0][1].vectors.shape  # of the outputs, 3
+        >>> optimizer.init(params).optax_state[0].basis[0][1].vectors.shape  # the outputs' eigenvectors: 3 x 3
         (1, 3, 3)
     """
 

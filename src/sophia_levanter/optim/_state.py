@@ -259,7 +259,7 @@ def gradient_noise(momentum: Momentum, curvature: Curvature, state: SophiaState,
     """Estimate the critical batch size, and the signal-to-noise ratio of each array.
 
     The squared gradient of the loss on one target drawn from the model has mean h. To the extent that the model fits
-    the data, the gradient of the mean loss on B targets has variance h / B in each coordinate. Let m be the
+    the data, the gradient of the mean loss over B targets has variance h / B in each coordinate. Let m be the
     bias-corrected average of t such gradients; its variance is subtracted from |m|^2:
 
         variance of m = (h / B) (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t))

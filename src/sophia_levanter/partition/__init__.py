@@ -1,1 +1,1 @@
-"""Placement of arrays on devices, and communication between the processes of a run."""
+"""Place arrays on devices, and communicate between the processes of a run."""

@@ -49,7 +49,7 @@ class LoadedModel:
 
     Attributes:
         model: the model, sharded by the partition, in `config.trainer.parameter_dtype`.
-        config: the run's configuration with overrides; without a run, the defaults with the shape of the saved model.
+        config: the run's configuration with overrides; for models not from a run, the defaults with the model's shape.
         tokenizer: the tokenizer that the model was trained with.
         partition: the devices, and how arrays are sharded over them.
         source: a description of where the model was read from, for messages.

@@ -29,8 +29,8 @@ FIXED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
-# Environment variables that users may set deliberately and that change at least the last bits of the results. Unset
-# variables are not recorded, so that runs saved before a variable was added to this list still compare equal.
+# Environment variables that users may set deliberately and that change at least the low-order bits of the results.
+# Unset variables are not recorded, so that runs saved before a variable was added to this list still compare equal.
 RECORDED = (
     "LIBTPU_INIT_ARGS",
     "JAX_DEFAULT_MATMUL_PRECISION",

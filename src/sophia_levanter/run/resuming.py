@@ -117,7 +117,7 @@ def check_resumable(run: Run, restored: Restored[TrainState]) -> None:
     console.resumed(restored.step, directory.path)
     began_with, now = restored.metadata["environment"], run.provenance["environment"]
     if began_with != now:
-        console.line(f"losses may differ in the last bits: the run began on {began_with} and continues on {now}")
+        console.line(f"losses may differ in low-order bits: the run started on {began_with} and is resuming on {now}")
     for name, old, new in changed_fields(old_config, run.config):
         if name not in ("trainer.run_dir", "mesh.coordinator", "mesh.process_id"):
             console.line(f"{name} was {old} and is now {new}")

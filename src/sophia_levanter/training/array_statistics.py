@@ -58,7 +58,7 @@ def array_statistics(optimizer: Optimizer, step: StepTrees) -> dict[str, jax.Arr
 
 
 def by_layer(statistics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Convert statistics to numbers, one for each kind and each array or layer of a stacked array.
+    """Convert statistics to numbers: for each kind, one per array, or one per layer of a stacked array.
 
     The keys are `statistics/ARRAY/KIND` or `statistics/ARRAY/LAYER/KIND`, sorted by array, then by layer.
     """

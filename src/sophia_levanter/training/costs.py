@@ -149,7 +149,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> tuple[int, int] | None:
-    """Return a program's bytes per device for arguments, and for temporaries and new outputs; None if unknown."""
+    """Return the bytes per device of the arguments, and of the temporaries and new outputs; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None

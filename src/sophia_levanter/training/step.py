@@ -142,7 +142,7 @@ class StepSettings:
 
     @staticmethod
     def of(config: TrainConfig, trainer: TrainerConfig | None = None) -> StepSettings:
-        """Create the settings for the steps of a run, or for its steps with the batch size of `trainer`."""
+        """Create the settings for a run's steps. `trainer` (by default, `config.trainer`) determines the batch size."""
         trainer = trainer or config.trainer
         curvature = config.optimizer.curvature_microbatches(trainer)
         optimizer = build_optimizer(config.optimizer, trainer.num_train_steps, config.model)

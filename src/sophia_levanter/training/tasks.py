@@ -33,14 +33,14 @@ from sophia_levanter.partition.mesh import Partition, by_row_shard
 from sophia_levanter.partition.processes import check_agreement
 from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
-MOST_BYTES = 1 << 30  # maximum size of a file of items
+MOST_BYTES = 1 << 30  # maximum size of a task file, in bytes
 ROWS_PER_DEVICE = 8
 LENGTH_STEP = 32  # rows are padded to a multiple of this length
 
 
 @dataclass(frozen=True)
 class Item:
-    """An item of a benchmark, such as a multiple-choice question.
+    """A benchmark item, such as a multiple-choice question.
 
     Attributes:
         context: the text before the choices.
@@ -139,10 +139,10 @@ def read_tasks(tasks: Sequence[TaskConfig]) -> dict[str, list[Item]]:
 
 
 def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
-    """Read the items in a JSON Lines file in the format of a task.
+    """Read a task's items from a JSON Lines file.
 
     Raises:
-        InputError: if the file cannot be read or contains no items, or a line is not a valid item of the task. The
+        InputError: if the file cannot be read or contains no items, or a line is not a valid item for the task. The
             message names the line and `field`, the setting that specifies the file.
     """
     try:

@@ -122,7 +122,7 @@ class GcloudCommands:
         """Return a shell command that runs a training process on a host.
 
         Args:
-            words: the command line of the process.
+            words: the process's command line.
             env: environment variables to add to those in the cluster settings.
             log: name of the log file, which must differ between attempts.
         """
