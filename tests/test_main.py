@@ -120,7 +120,7 @@ BAD = {
     ),
     "devices": (
         ["--trainer.batch_size", "6", "--trainer.microbatch_size", "3"],
-        "is not divisible by the 8 devices along mesh.data",
+        "is not divisible by the 8 devices on mesh.data",
     ),
     "empty file": (["--data.train", "EMPTY"], "empty"),
     "binary file": (["--data.train", "BINARY"], "binary.txt"),

@@ -30,10 +30,7 @@ NANO = str(ROOT / "config/gpt2_nano_sophia.yaml")
             "mesh.replica is 4, but --target has 2 slices; set --mesh.replica 2, so that only gradients are sent",
         ),
         (["--config", NANO, "--target", "v4:2x2x1", "--devices", "4"], "--devices cannot be combined with --target"),
-        (
-            ["--config", NANO, "--devices", "3"],
-            "trainer.batch_size 8 is not divisible by the 3 devices along mesh.data",
-        ),
+        (["--config", NANO, "--devices", "3"], "trainer.batch_size 8 is not divisible by the 3 devices on mesh.data"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):

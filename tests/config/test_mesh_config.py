@@ -105,9 +105,7 @@ def test_what_does_not_divide(mesh, trainer, devices, field, axes):
     config = TrainConfig(model=MODEL, mesh=mesh, trainer=TrainerConfig(batch_size=12, **trainer))
     with pytest.raises(InputError) as error:
         check_mesh(config, devices, 50257)
-    assert str(error.value).startswith(
-        f"{field} is not divisible by the {devices} devices along {axes}; use a multiple"
-    )
+    assert str(error.value).startswith(f"{field} is not divisible by the {devices} devices on {axes}; use a multiple")
 
 
 def test_what_divides_is_proposed():
@@ -133,7 +131,7 @@ def test_hutchinsons_own_microbatch_must_divide_too():
     optimizer = SophiaHConfig(curvature_microbatch_size=2)
     config = TrainConfig(model=MODEL, optimizer=optimizer, trainer=TrainerConfig(batch_size=12))
     with pytest.raises(
-        InputError, match=r"^optimizer.curvature_microbatch_size 2 is not divisible by the 4 devices along mesh.data"
+        InputError, match=r"^optimizer.curvature_microbatch_size 2 is not divisible by the 4 devices on mesh.data"
     ):
         check_mesh(config, 4)
 

@@ -129,7 +129,7 @@ def test_heads_of_keys_and_values_must_divide_over_the_devices():
     check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=2)), 2)
     with pytest.raises(
         InputError,
-        match=r"^model\.num_kv_heads 2 is not divisible by the 4 devices along mesh\.model; .* or mesh\.heads null",
+        match=r"^model\.num_kv_heads 2 is not divisible by the 4 devices on mesh\.model; .* or mesh\.heads null",
     ):
         check_parameters(TrainConfig(model=model, mesh=MeshConfig(model=4)), 4)
 

@@ -97,7 +97,7 @@ def test_bad_input(run_dir, tmp_path, gpt2_folder):
     assert "--model.num_layers cannot be combined with" in refused(run_dir, overrides=[("model.num_layers", "3")])
     assert "--model.vocab_rows cannot be combined with" in refused(run_dir, overrides=[("model.vocab_rows", "258")])
     assert "unknown option '--trainer.batchsize'" in refused(run_dir, overrides=[("trainer.batchsize", "3")])
-    assert "devices along mesh.data; use a multiple of" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
+    assert "devices on mesh.data; use a multiple of" in refused(run_dir, overrides=[("mesh.fsdp", "layers")])
     (gpt2_folder / "vocab.json").write_text('{"a": 3}')
     assert "vocab.json: token 3 is 'a', but " in refused(gpt2_folder, overrides=[("data.tokenizer", "bytes")])
     (tmp_path / "begun").mkdir()

@@ -178,7 +178,7 @@ def check_divides(
             or_else = f"mesh.{setting} null" if setting in (*TENSOR_AXES, "position") else "a smaller mesh"
             with problems:
                 raise InputError(
-                    f"{field} {size} is not divisible by the {parts} devices along {' x '.join(named)}; "
+                    f"{field} {size} is not divisible by the {parts} devices on {' x '.join(named)}; "
                     f"use {multiple}, such as {nearest}, or {or_else}"
                 )
     problems.report()
