@@ -47,6 +47,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+TESTS = Path(__file__).parent
 STATM = Path("/proc/self/statm")
 MOST_BYTES = 2_500_000_000
 
@@ -99,14 +100,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture
 def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder for plug-ins, on the path beside tests/plugins; what they register is forgotten after the test."""
+    """A folder for plug-ins, on the path beside the shipped ones; what they register is forgotten after the test."""
     from sophia_levanter.config.model import ModelConfig
     from sophia_levanter.config.optimizer import OptimizerConfig
     from sophia_levanter.config.registries import CALLBACKS, METRICS
     from sophia_levanter.config.schedule import ScheduleConfig
     from sophia_levanter.data.sources import DataSource
 
-    shipped, folder = Path(__file__).parent / "plugins", tmp_path / "plugins"
+    shipped, folder = (TESTS / "plugins", TESTS.parent / "docs/evidence/speedrun"), tmp_path / "plugins"
     folder.mkdir()
     registries: list[dict[str, Any]] = [
         METRICS,
@@ -114,16 +115,16 @@ def plugin_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
         *(registry.get_known_choices() for registry in (OptimizerConfig, ScheduleConfig, ModelConfig, DataSource)),
     ]
     before, modules = [dict(choices) for choices in registries], set(sys.modules)
-    for place in (shipped, folder):
+    for place in (*shipped, folder):
         monkeypatch.syspath_prepend(place)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(shipped), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, shipped), os.environ.get("PYTHONPATH", "")]))
     yield folder
     for choices, known in zip(registries, before, strict=True):
         for name in set(choices) - set(known):
             del choices[name]
     for name in set(sys.modules) - modules:
         file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).parent in (shipped, folder):
+        if file and Path(file).parent in (*shipped, folder):
             del sys.modules[name]
 
 

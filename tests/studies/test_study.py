@@ -369,7 +369,7 @@ def marked(path):
 
 
 @pytest.mark.parametrize("path", map(marked, STUDIES))
-def test_the_studies_of_the_project(path):
+def test_the_studies_of_the_project(path, plugin_folder):
     """Each can be planned, and the records beside the evidence are of its runs."""
     runs, file = plan(read_study(path), {}), ROOT / "docs" / "evidence" / path.stem / "study.json"
     records = read_records(file) if file.exists() else []
