@@ -61,12 +61,13 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
             f"{target.num_slices}, so that only gradients are sent between them"
         )
     check_mesh(config, target.num_devices, vocab_size)
-    check_optimizer(config.optimizer, config.model, vocab_size)
     if config.trainer.batch_size_changes:
         largest_part = max(config.trainer.parts, key=lambda trainer: trainer.batch_size)
         config = dataclasses.replace(config, trainer=largest_part)
         yield f"the batch size changes during the run; all numbers are for batch size {largest_part.batch_size}"
     partition = partition_of(config.mesh, target.devices())
+    # This builds an abstract model, which uses jax, so it must follow `target.devices()`.
+    check_optimizer(config.optimizer, config.model, vocab_size)
     attention = attention_of(config, partition)
     state = abstract_state(config, partition, vocab_size)
     yield ", ".join([f"{name} on {target.name}, {counted(target.num_devices, 'device')}", *describe_layout(partition)])
