@@ -245,7 +245,9 @@ def test_coordinate_descent_trains_until_no_neighbor_is_better(write, tmp_path, 
     study = write(SEARCH)
     assert main(arguments(study)) == 0
     out = capfd.readouterr().out
-    counts = ["study: 1 run, 1 to do", "study: 3 runs, 2 to do", "study: 4 runs, 1 to do"]
+    counts = [
+        f"study: {done}; the search may add runs" for done in ("1 run, 1 to do", "3 runs, 2 to do", "4 runs, 1 to do")
+    ]
     assert [line for line in out.splitlines() if line.startswith("study: ")] == counts
     assert [(job.config.optimizer.rho, job.config.trainer.seed) for job in done] == [
         (1.0, 0),
@@ -253,9 +255,23 @@ def test_coordinate_descent_trains_until_no_neighbor_is_better(write, tmp_path, 
         (0.5, 0),
         (1.0, 7),
     ]
-    assert "| sophia | 640 | 3 | rho 1 | 4.0000 | 1 |" in out
+    assert "| sophia | 640 | 3 | rho 1 | 4.0000 | 1 |" in out  # the loss of seed 7
+    assert "| sophia | 640 | rho 2 | 2.0000 (seed 0) | 1 | 0 | – |\n| sophia | 640 | rho 0.5 | 3.0000 (seed 0)" in out
+    assert "edge" not in out and "search used" not in out and "optimistic" not in out
     assert main(arguments(study)) == 0
     assert len(done) == 4
+
+
+def test_a_search_that_ends_early_or_at_the_edge_or_with_one_seed_is_named(write, capfd, done):
+    text = SEARCH.replace("[0, 7]", "[0]").replace("rho: [0.5, 1, 2]", "rho: [1, 2], b1: [0.8, 0.9]")
+    assert main(arguments(write(text.replace("search_runs: 9", "search_runs: 2")))) == 0
+    out = capfd.readouterr().out
+    early = "sophia: the search used all 2 runs before it reached a minimum and did not vary b1; increase search_runs."
+    edges = [
+        f"sophia: the best {name} is at the edge of its grid; try smaller values." for name in ("rho, 1,", "b1, 0.8,")
+    ]
+    one = "sophia: the reported loss also selected the best point, so it is optimistic; add seeds."
+    assert all(f"- **{caution}**" in out for caution in (early, *edges, one))
 
 
 def test_a_search_stops_where_a_run_fails(write, capfd, done):

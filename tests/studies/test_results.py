@@ -359,6 +359,7 @@ def test_a_seed_that_diverged_widens_the_interval(make_cell):
     assert (s.factor, s.low, s.high) == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
     s = speed_ups([c for c in cells if c.arm == "slow" or c.tokens == 800], "fast", "slow")[3]
     assert (s.factor, s.bound, s.low, s.high) == (1.0, "<", 1.0, 1.0)
+    assert (s.low_bound, s.high_bound) == ("<", ">")
 
 
 def test_a_length_at_which_the_baseline_diverged_sets_no_target(make_cell):

@@ -310,11 +310,20 @@ BAD = {
     ),
     "a seed twice": (f"{GOOD}{ARM}seeds: [1, 2, 1]", "FILE: seeds is [1, 2, 1]; it must not contain duplicates"),
     "no seeds": (f"{GOOD}{ARM}seeds: []", "FILE: seeds is an empty list"),
-    "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations contains 0; it must be at least 1"),
-    "no search runs": (f"{GOOD}{ARM}search_runs: 0", "FILE: search_runs contains 0; it must be at least 1"),
+    "no evaluations": (f"{GOOD}{ARM}evaluations: 0", "FILE: evaluations is 0; it must be at least 1"),
+    "no search runs": (f"{GOOD}{ARM}search_runs: 0", "FILE: search_runs is 0; it must be at least 1"),
     "several search runs": (study_of("{search_runs: [5]}"), "FILE: search_runs is a list; it must be an integer"),
+    "half a search run": (study_of("{search_runs: 2.5}"), "FILE: search_runs is 2.5; it must be an integer"),
+    "a search in no order": (
+        study_of("{search_runs: 5, grid: {optimizer: {b1: [0.9, 0.5, 0.8]}}}"),
+        "FILE: arms.a.grid.optimizer.b1 is not in order; with search_runs, list numbers in ascending or descending",
+    ),
+    "a value twice": (
+        study_of("{grid: {optimizer: {b1: [0.9, 0.5, 0.9]}}}"),
+        "FILE: arms.a.grid.optimizer.b1 contains duplicates; list each value once",
+    ),
     "a value that the search may never reach": (
-        study_of("{search_runs: 1, grid: {optimizer: {b1: [0.9, 0.5, 2]}}}"),
+        study_of("{search_runs: 1, grid: {optimizer: {b1: [0.5, 0.9, 2]}}}"),
         "arm a: optimizer.b1 is 2.0; it must be in [0, 1)",
     ),
     "evaluations is a list": (f"{GOOD}{ARM}evaluations: [5]", "FILE: evaluations is a list; it must be an integer"),

@@ -189,7 +189,9 @@ class _Comparison:
         return missing
 
     def print_counts(self) -> None:
-        print(f"{self.study.name}: {counted(len(self.runs), 'run')}, {len(self.missing())} to do", flush=True)
+        missing = len(self.missing())
+        more = "; the search may add runs" if missing and any(arm.search_runs for arm in self.study.arms) else ""
+        print(f"{self.study.name}: {counted(len(self.runs), 'run')}, {missing} to do{more}", flush=True)
 
     def print_plan(self) -> None:
         self.print_counts()

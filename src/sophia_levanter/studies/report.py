@@ -22,7 +22,7 @@ from sophia_levanter.studies.results import (
     steps_trained,
     tokens_per_step,
 )
-from sophia_levanter.studies.study import PlannedRun, Study
+from sophia_levanter.studies.study import Arm, PlannedRun, Study, descend
 from sophia_levanter.tracking.console import show_duration
 
 REPORT = "report.md"
@@ -50,7 +50,7 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study.baseline, cells)]
     parts += ["## All points", _all_table(cells)]
-    if cautions := [*_cautions(cells), *few_evaluations(study.evaluations)]:
+    if cautions := [*_cautions(study, cells), *few_evaluations(study.evaluations)]:
         parts.insert(2, "\n".join(f"- **{caution}**" for caution in cautions))
     try:
         from sophia_levanter.studies.plots import study_pictures
@@ -92,16 +92,38 @@ def _budget(records: Sequence[Record], shared: int) -> str:
     )
 
 
-def _cautions(cells: Sequence[Cell]) -> Iterator[str]:
+def _cautions(study: Study, cells: Sequence[Cell]) -> Iterator[str]:
     """Yield warnings about the best point of each arm at its longest schedule."""
+    searched = {arm.name: arm for arm in study.arms if arm.search_runs is not None and arm.grid}
     for arm in dict.fromkeys(cell.arm for cell in cells):
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
         assert cell is not None
-        yield from at_the_edge(arm, cell.point, [c.point for c in cells if c.arm == arm and c.tokens == tokens])
+        tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
+        if arm in searched:
+            yield from _search_cautions(searched[arm], tried)
+        else:
+            yield from at_the_edge(arm, cell.point, [c.point for c in tried])
         rate = mean_win_rate(cell)
         if rate is not None:
             yield from unusual_win_rate(arm, rate)
+
+
+def _search_cautions(arm: Arm, tried: Sequence[Cell]) -> Iterator[str]:
+    """Yield warnings about a search that ended early, at the edge of the grid, or with a single seed."""
+    grid = {name: [setting.value for setting in values] for name, values in arm.grid.items()}
+    places = [tuple(values.index(cell.point[name]) for name, values in grid.items()) for cell in tried]
+    losses = dict(zip(places, (cell.tuning_loss for cell in tried), strict=True))
+    values = [{name: value} for name in grid for value in grid[name]]
+    yield from at_the_edge(arm.name, min(tried, key=lambda cell: cell.tuning_loss).point, values)
+    if len(losses) == arm.search_runs and descend(losses, [len(v) for v in grid.values()], len(losses) + 1):
+        indices = dict(zip(grid, zip(*places, strict=True), strict=True))
+        same = [_last(name) for name in grid if len(grid[name]) > 1 and len(set(indices[name])) == 1]
+        yield f"{arm.name}: the search used all {counted(len(losses), 'run')} before it reached a minimum" + (
+            f" and did not vary {', '.join(same)}; increase search_runs." if same else "; increase search_runs."
+        )
+    if len(arm.seeds) == 1:
+        yield f"{arm.name}: the reported loss also selected the best point, so it is optimistic; add seeds."
 
 
 def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -155,7 +177,8 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
     note = (
         "s is the length of the baseline's whole schedule divided by the length of the arm's whole schedule that ends "
         "at the same loss, measured in tokens, FLOPs and time. The interval, in tokens, is a bootstrap interval "
-        "over seeds and points tried. Runs may have shared the machine with other work, which affects the time; "
+        "over seeds and points tried; `<` and `>` mark bounds, which lie outside the lengths tried. Runs may have "
+        "shared the machine with other work, which affects the time; "
         "`tests/benchmarks/peers.py` measures the cost of a step."
     )
     return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95% interval"], rows)
@@ -182,13 +205,16 @@ def _interval(found: SpeedUp) -> str:
     # If the factor is a bound, the bootstrap interval also consists of bounds and is not shown.
     if found.low is None or found.bound:
         return "–"
-    return f"{found.low:.2f}–{found.high:.2f} ({found.seeds} seeds)"
+    low, high = f"{found.low_bound}{found.low:.2f}", f"{found.high_bound}{found.high:.2f}"
+    return f"{low}–{high} ({found.seeds} seeds)"
 
 
 def _all_table(cells: Sequence[Cell]) -> str:
-    ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.mean))
+    # Points of a search are compared by the seed that all of them have.
+    ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.tuning_loss))
     rows = [
-        [c.arm, f"{c.tokens:,}", _point(c), _loss(c), str(len(c.seeds)), str(c.diverged), _win_rate(c)] for c in ordered
+        [c.arm, f"{c.tokens:,}", _point(c), _tuning_loss(c), str(len(c.records)), str(c.diverged), _win_rate(c)]
+        for c in ordered
     ]
     return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "final win rate"], rows)
 
@@ -207,14 +233,20 @@ def _loss(cell: Cell) -> str:
     return f"{cell.mean:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
 
 
+def _tuning_loss(cell: Cell) -> str:
+    if cell.tuning_seed is None or not math.isfinite(cell.tuning_loss):
+        return _loss(cell)
+    return f"{cell.tuning_loss:.4f} (seed {cell.tuning_seed})"
+
+
 def _win_rate(cell: Cell) -> str:
     rate = mean_win_rate(cell)
     return "–" if rate is None else f"{rate:.2f}"
 
 
 def mean_win_rate(cell: Cell) -> float | None:
-    """Return the mean final win rate over the runs of a cell, or None if no run has a win rate."""
-    rates = [r.win_rate[-1][1] for r in cell.records.values() if r.win_rate]
+    """Return the mean final win rate over the seeds that count, or None if no run has a win rate."""
+    rates = [curve[-1][1] for seed in cell.seeds if (curve := cell.records[seed].win_rate)]
     known = [rate for rate in rates if rate is not None]
     return sum(known) / len(known) if known else None
 

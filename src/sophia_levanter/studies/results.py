@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ def finished(cells: Sequence[Cell], arm: str) -> Record | None:
     """Return the record of a finished run at an arm's best point, or None. Longer schedules take precedence."""
     for tokens in reversed(lengths(cells, arm)):
         cell = best(cells, arm, tokens)
-        for record in () if cell is None else cell.records.values():
-            if record.loss is not None:
-                return record
+        for seed in () if cell is None else cell.seeds:
+            if cell.records[seed].loss is not None:
+                return cell.records[seed]
     return None
 
 
@@ -169,6 +169,7 @@ class SpeedUp:
             reaches the loss; "<" if `factor` is an upper bound, because even its longest schedule does not.
         low, high: 95% bootstrap interval over seeds and tuning; None if there are fewer than two common seeds.
         seeds: the number of common seeds.
+        low_bound, high_bound: like `bound`, for `low` and `high`.
     """
 
     tokens: int
@@ -177,6 +178,8 @@ class SpeedUp:
     low: float | None
     high: float | None
     seeds: int
+    low_bound: str = ""
+    high_bound: str = ""
 
 
 def speed_ups(cells: Sequence[Cell], arm: str, baseline: str) -> list[SpeedUp]:
@@ -216,15 +219,17 @@ def _speed_up(curve: Sequence[_Tuned], target: _Tuned) -> SpeedUp:
     tokens = [tuned.cell.tokens for tuned in curve]
     seeds = sorted(set(target.cell.seeds).intersection(*(tuned.cell.seeds for tuned in curve)))
     reached, bound = reach(target.cell.mean, tokens, [tuned.cell.mean for tuned in curve])
-    low = high = None
+    speed_up = SpeedUp(target.cell.tokens, target.cell.tokens / reached, bound, None, None, len(seeds))
     if len(seeds) > 1:
         # Resample seeds, not runs. With the same seed, arms share data and initial weights, so pairing cancels noise.
         random = np.random.default_rng(0)
         draws = random.choice(len(seeds), (RESAMPLES, len(seeds)))
         wanted, *losses = (tuned.resample(seeds, draws, random) for tuned in (target, *curve))
-        lengths = [reach(loss, tokens, row)[0] for loss, row in zip(wanted, np.transpose(losses), strict=True)]
-        low, high = (float(q) for q in np.quantile(target.cell.tokens / np.array(lengths), (0.025, 0.975)))
-    return SpeedUp(target.cell.tokens, target.cell.tokens / reached, bound, low, high, len(seeds))
+        found = [reach(loss, tokens, row) for loss, row in zip(wanted, np.transpose(losses), strict=True)]
+        factors = sorted((target.cell.tokens / length, sign) for length, sign in found)
+        (low, low_bound), (high, high_bound) = (factors[round(q * (RESAMPLES - 1))] for q in (0.025, 0.975))
+        speed_up = replace(speed_up, low=low, high=high, low_bound=low_bound, high_bound=high_bound)
+    return speed_up
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:

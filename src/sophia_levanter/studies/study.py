@@ -240,6 +240,9 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         given = fields.get(key)
         found = shared.get(path_of_setting, Setting(default)) if given is None else _fraction(key, given)
         schedule[path_of_setting] = found
+    search_runs = fields.get("search_runs", Setting(None))
+    if search_runs.value is not None:
+        _check_ordered(name, _below("grid.", own))
     # `schedule` overrides the schedules in configuration files, which are designed for a single run length.
     layers = [*_config_layers(common), shared, *_config_layers(own), schedule, _below("settings.", own)]
     return Arm(
@@ -248,7 +251,7 @@ def _arm(name: str, own: Layer, common: Layer, path: Path) -> Arm:
         {key: _grid_values(name, key, value) for key, value in _below("grid.", own).items()},
         tuple(_ints("tokens", fields["tokens"], low=1)),
         tuple(_ints("seeds", fields["seeds"])) if "seeds" in fields else (0,),
-        None if fields.get("search_runs", Setting(None)).value is None else _int("search_runs", fields["search_runs"]),
+        None if search_runs.value is None else _int("search_runs", search_runs),
     )
 
 
@@ -292,13 +295,30 @@ def _grid_values(arm: str, key: str, setting: Setting) -> list[Setting]:
     if not isinstance(setting.value, list) or not setting.value:
         shown = show_value(setting.value)
         raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} is {shown}; it must be a list of values to try")
+    if len(set(map(repr, setting.value))) < len(setting.value):
+        raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} contains duplicates; list each value once")
     return [Setting(value, setting.file) for value in setting.value]
 
 
+def _check_ordered(arm: str, grid: Layer) -> None:
+    """Check that the numbers in a grid are in order, because coordinate descent moves between neighbors."""
+    for key, setting in grid.items():
+        values: Any = setting.value
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if numbers and values not in (sorted(values), sorted(values, reverse=True)):
+            raise InputError(
+                f"{setting.prefix}arms.{arm}.grid.{key} is not in order; with search_runs, list numbers in ascending "
+                "or descending order"
+            )
+
+
 def _int(name: str, setting: Setting) -> int:
-    if isinstance(setting.value, list):
-        raise InputError(f"{setting.prefix}{name} is a list; it must be an integer")
-    return _ints(name, setting, low=1)[0]
+    value = setting.value
+    if type(value) is not int:
+        raise InputError(f"{setting.prefix}{name} is {show_value(value)}; it must be an integer")
+    if value < 1:
+        raise InputError(f"{setting.prefix}{name} is {value}; it must be at least 1")
+    return value
 
 
 def _ints(name: str, setting: Setting, low: int | None = None) -> list[int]:
