@@ -133,7 +133,7 @@ def _check_fit(config: TrainConfig, cluster: ClusterConfig, *, dry_run: bool) ->
                 f"trainer.run_dir {run_dir} is a URL; specify a directory (only trainer.checkpoint_dir may be a URL)"
             )
     with problems:
-        if not cluster.shares_disk and "://" not in (checkpoint_dir or ""):
+        if not cluster.shares_disk and "://" not in (checkpoint_dir := checkpoint_dir or "null"):
             raise InputError(
                 f"trainer.checkpoint_dir is {checkpoint_dir}, but TPU hosts do not share a disk, and their disks are "
                 "deleted with them; specify a bucket: --trainer.checkpoint_dir gs://BUCKET/RUN"

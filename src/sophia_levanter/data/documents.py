@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.errors import InputError
+from sophia_levanter.errors import InputError, counted
 
 MAX_LISTED_FIELDS = 10
 KINDS = {
@@ -213,14 +213,14 @@ class Rows:
                 "correct or remove it"
             )
         if tally.special:
-            counted = ", ".join(f"{name} ({count:,} times)" for name, count in tally.special)
+            found = ", ".join(f"{name} ({counted(count, 'time')})" for name, count in tally.special)
             if tally.num_separators:
                 remedy = "remove them from the text if they do not belong there"
             else:
                 most, _ = max(tally.special, key=lambda item: item[1])
                 remedy = f"if they separate documents, set data.document_separator to {most!r}"
             lines.append(
-                f"WARNING: {self.field}: the text contains special tokens: {counted}; the first is in "
+                f"WARNING: {self.field}: the text contains special tokens: {found}; the first is in "
                 f"{tally.first_special}; they are encoded as ordinary text; {remedy}"
             )
         if tally.num_copies:
