@@ -105,9 +105,9 @@ def finished(cells: Sequence[Cell], arm: str) -> Record | None:
     """Return the record of a finished run at an arm's best point, or None. Longer schedules take precedence."""
     for tokens in reversed(lengths(cells, arm)):
         cell = best(cells, arm, tokens)
-        for seed in () if cell is None else cell.seeds:
-            if cell.records[seed].loss is not None:
-                return cell.records[seed]
+        for record in () if cell is None else (cell.records[seed] for seed in cell.seeds):
+            if record.loss is not None:
+                return record
     return None
 
 
