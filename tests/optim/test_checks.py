@@ -82,7 +82,7 @@ def test_count():
         ),
         (
             {"a": {"w": np.ones((2, 3)), "v": np.ones(1)}, "b": np.ones(4)},
-            "grads['a']['v'] has shape (1,), but there is no such parameter",
+            "grads['a']['v'] has shape (1,), but the model has no such parameter",
         ),
         (
             {"a": {"w": np.ones((2, 3))}, "b": np.ones(4, int)},

@@ -185,7 +185,7 @@ def check_same_structure(name: str, tree: PyTree, params: PyTree) -> None:
             if path not in found:
                 raise ValueError(f"{name}{path} is missing, but the parameter has shape {wanted[path]}")
             if path not in wanted:
-                raise ValueError(f"{name}{path} has shape {found[path]}, but there is no such parameter")
+                raise ValueError(f"{name}{path} has shape {found[path]}, but the model has no such parameter")
             raise ValueError(f"{name}{path} has shape {found[path]}, but the parameter has shape {wanted[path]}")
     ours, theirs = (str(jax.tree.structure(trainable(t))) for t in (tree, params))
     if ours != theirs:

@@ -209,7 +209,7 @@ class GaussNewtonBartlett(AbstractSquaredGradient):
         )
 
     def _sampled(self, outputs: Any, key: Key[Array, ""], weights: Any) -> tuple[Array, Array, Array]:
-        """Return sampled targets, their losses, and the weights in the shape of the losses."""
+        """Return sampled targets, their losses, and the weights with the shape of the losses."""
         sampled = self.likelihood.sample(jax.lax.stop_gradient(outputs), key=key)
         losses = self.likelihood.loss(outputs, sampled)
         return sampled, losses, target_weights(self.likelihood, outputs, losses, weights)

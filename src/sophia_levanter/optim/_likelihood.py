@@ -191,7 +191,7 @@ class Bernoulli(_Elementwise):
     """
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """Draw float32 zeros and ones in the shape of the outputs."""
+        """Draw float32 zeros and ones with the shape of the outputs."""
         logits = self._outputs(outputs)
         return (jax.random.uniform(key, logits.shape) < jax.nn.sigmoid(logits)).astype(logits.dtype)
 
@@ -223,7 +223,7 @@ class Normal(_Elementwise):
         check_number("variance", self.variance, low=0, low_open=True)
 
     def sample(self, outputs: Any, *, key: Key[Array, ""]) -> Array:
-        """Draw numbers in float32 or wider, in the shape of the outputs."""
+        """Draw numbers in float32 or wider, with the shape of the outputs."""
         mean = self._outputs(outputs)
         return mean + jnp.sqrt(self._variance(mean)) * jax.random.normal(key, mean.shape, mean.dtype)
 
@@ -274,7 +274,7 @@ def _check_target_shape(targets: Array, wanted: tuple[int, ...]) -> None:
 
 
 def target_weights(likelihood: Likelihood, outputs: Any, losses: Array, weights: Any) -> Array:
-    """Return weights in the shape of the losses, 1 by default. NamedArray axes are reordered to match the targets."""
+    """Return weights with the shape of the losses, 1 by default. NamedArray axes are reordered to match the targets."""
     if weights is None:
         return jnp.ones_like(losses)
     check_not_negative("weights", weights)
