@@ -256,7 +256,7 @@ def test_coordinate_descent_trains_until_no_neighbor_is_better(write, tmp_path, 
         (1.0, 7),
     ]
     assert "| sophia | 640 | 3 | rho 1 | 4.0000 | 1 |" in out  # the loss of seed 7
-    assert "| sophia | 640 | rho 2 | 2.0000 (seed 0) | 1 | 0 | – |\n| sophia | 640 | rho 0.5 | 3.0000 (seed 0)" in out
+    assert "| sophia | 640 | rho 2 | 2.0000 | seed 0 | 0 | – |\n| sophia | 640 | rho 0.5 | 3.0000 | seed 0 |" in out
     assert "edge" not in out and "search used" not in out and "optimistic" not in out
     assert main(arguments(study)) == 0
     assert len(done) == 4
@@ -266,18 +266,27 @@ def test_a_search_that_ends_early_or_at_the_edge_or_with_one_seed_is_named(write
     text = SEARCH.replace("[0, 7]", "[0]").replace("rho: [0.5, 1, 2]", "rho: [1, 2], b1: [0.8, 0.9]")
     assert main(arguments(write(text.replace("search_runs: 9", "search_runs: 2")))) == 0
     out = capfd.readouterr().out
-    early = "sophia: the search used all 2 runs before it reached a minimum and did not vary b1; increase search_runs."
-    edges = [
-        f"sophia: the best {name} is at the edge of its grid; try smaller values." for name in ("rho, 1,", "b1, 0.8,")
-    ]
-    one = "sophia: the reported loss also selected the best point, so it is optimistic; add seeds."
-    assert all(f"- **{caution}**" in out for caution in (early, *edges, one))
+    early = "the search used all 2 runs before it reached a minimum and did not vary b1; increase search_runs."
+    edge = "the best rho, 1, is at the edge of its grid; try smaller values."
+    one = "the reported loss also selected the best point, so it is optimistic; add seeds."
+    assert all(f"- **sophia at 640 tokens: {caution}**" in out for caution in (early, edge, one))
+    assert "b1, 0.8" not in out
+
+
+def test_a_search_reads_the_text_of_each_point(write, done):
+    """A grid over the data asks for text that the first point does not read."""
+    text = SEARCH.replace("{optimizer: {rho: [0.5, 1, 2]}}", "{data: {mask_documents: [false, true]}}")
+    assert main(arguments(write(text))) == 0
+    assert [job.config.data.mask_documents for job in done] == [False, True, False]
 
 
 def test_a_search_stops_where_a_run_fails(write, capfd, done):
-    assert main(arguments(write(SEARCH.replace("[0, 7]", "[13, 7]")))) == 1
-    assert len(done) == 1
-    assert "No run has finished yet." in capfd.readouterr().out
+    other = "adamw: {seeds: [0, 7], grid: {optimizer: {type: [adamw, lion]}}}"
+    study = write(SEARCH.replace("[0, 7]", "[13, 7]").replace("arms: {", f"arms: {{{other}, "))
+    assert main(arguments(study)) == 1
+    # The other arm is searched to its end, and the run that failed is tried once.
+    assert [job.config.trainer.seed for job in done] == [0, 13, 0, 7]
+    assert "adamw at 640 tokens" not in capfd.readouterr().out
 
 
 def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done):

@@ -58,7 +58,7 @@ def test_the_report_of_a_study(study, tmp_path):
     assert "| sophia | 2,000 | 1 | learning_rate 0.01 | 2.0100 ± 0.0141 | 2 |" in lines
     # A token of Sophia-G costs 1 + 2 / 3 / 10 of AdamW's FLOPs, and 0.15 s / 0.1 s of its time.
     assert "| sophia | 2,000 | 2.00 | 1.88 | 1.33 | 2.00–2.00 (2 seeds) |" in lines
-    assert "| sophia | 1,000 | >1.00 | >0.94 | >0.67 | – |" in lines
+    assert "| sophia | 1,000 | >1.00 | >0.94 | >0.67 | >1.00–>1.00 (2 seeds) |" in lines
     assert "| adamw | 1,000 | learning_rate 100 | diverged | 1 | 1 | – |" in lines
     assert "| sophia | 1,000 | learning_rate 0.01 | 3.0100 ± 0.0141 | 2 | 0 | 0.50 |" in lines
     assert lines.index("## All points") > lines.index("## Speed-up over adamw")
@@ -122,7 +122,9 @@ def test_one_arm_diverged(study, tmp_path, make_record):
         make_record(run.config, loss=None, seconds=[None, None]) if run.arm == "sophia" else record
         for run, record in zip(runs, records, strict=True)
     ]
-    assert "| sophia | 2,000 | <1.00 | <0.94 | <nan | – |" in write_report(STUDY, runs, records, tmp_path)
+    assert "| sophia | 2,000 | <1.00 | <0.94 | <nan | <1.00–<1.00 (2 seeds) |" in write_report(
+        STUDY, runs, records, tmp_path
+    )
 
 
 @pytest.mark.usefixtures("no_pngs")

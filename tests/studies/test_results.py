@@ -78,6 +78,14 @@ def test_seeds_that_selected_a_point_do_not_count_at_it(make_record):
     assert best(cells, "a", 100) is cells[0]
 
 
+def test_the_seed_that_tunes_may_be_the_last_in_the_study(make_record):
+    runs = [planned("a", 0.1), planned("a", 0.1, seed=1), replace(planned("a", 0.1, seed=3), tuning=True)]
+    (cell,) = collect(
+        runs, [make_record(run.config, loss=loss) for run, loss in zip(runs, (2.0, 2.5, 1.0), strict=True)]
+    )
+    assert (cell.seeds, cell.mean, cell.tuning_loss) == ([0, 1], 2.25, 1.0)
+
+
 def test_cells_are_the_planned_runs_that_are_done(make_record):
     runs = [planned("a", 0.1), planned("a", 0.2), planned("b", 0.1), planned("a", 0.1, seed=1)]
     records = [
@@ -343,6 +351,7 @@ def test_only_seeds_that_both_have_are_drawn(make_cell):
     fast = [make_cell("fast", t, {0: power_law(2 * t), 1: power_law(2 * t), 8: 1.0}) for t in LENGTHS]
     s = speed_ups(slow + fast, "fast", "slow")[2]
     assert (s.seeds, s.low, s.high) == (2, pytest.approx(2.0), pytest.approx(2.0))
+    assert s.factor == pytest.approx(2.0)
 
 
 def test_an_arm_that_diverged_throughout_reaches_nothing(make_cell):

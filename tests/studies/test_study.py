@@ -218,21 +218,35 @@ def test_coordinate_descent_stops_at_the_best_point_and_adds_seeds_there(write):
         (4, 0.2, 4, True),  # the middle
         (8, 0.2, 4, True),
         (2, 0.2, 4, True),
-        (16, 0.2, 4, True),  # diverges; 4 has been tried
-        (8, 0.3, 4, True),
+        (8, 0.3, 4, True),  # b1 has fewer values tried than rho
         (8, 0.1, 4, True),
-        (16, 0.1, 4, True),
+        (16, 0.1, 4, True),  # diverges
         (4, 0.1, 4, True),
         (8, 0.1, 5, False),
         (8, 0.1, 6, False),
     ]
 
 
-@pytest.mark.parametrize(("most", "best"), [(1, (4, 0.2)), (2, (8, 0.2)), (5, (8, 0.2))])
+@pytest.mark.parametrize(("most", "best"), [(1, (4, 0.2)), (2, (8, 0.2)), (5, (8, 0.1))])
 def test_coordinate_descent_has_a_maximum_number_of_runs(most, best, write):
     trained = searched(read_study(write(SEARCH.replace("SEARCH", f"search_runs: {most}"))), bowl)
     assert [run.tuning for run in trained] == [True] * most + [False, False]
     assert all((run.point["optimizer.rho"], run.point["optimizer.b1"]) == best for run in trained[most:])
+
+
+def test_a_search_over_nothing_is_a_grid_and_one_that_diverged_has_no_more_seeds(write):
+    one = (
+        SEARCH.replace("SEARCH", "search_runs: 9")
+        .replace("[1, 2, 4, 8, 16]", "[4]")
+        .replace("[0.1, 0.2, 0.3, 0.4]", "[0.1]")
+    )
+    assert [(run.seed, run.tuning) for run in searched(read_study(write(one)), bowl)] == [
+        (4, False),
+        (5, False),
+        (6, False),
+    ]
+    study = read_study(write(SEARCH.replace("SEARCH", "search_runs: 20")))
+    assert {run.seed for run in searched(study, lambda run: math.inf)} == {4}
 
 
 def test_each_length_is_searched_and_arms_may_differ(write):

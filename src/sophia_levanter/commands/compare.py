@@ -140,9 +140,9 @@ def _compare(command: Command, interruption: Interruption) -> int:
         return DONE
     with _alone_in(command.out):
         comparison.update()
-        texts = comparison.texts()
+        comparison.check_texts()
         with interruption.noted() as check_stop:
-            failures = comparison.do_all_runs(texts, command.ray, check_stop)
+            failures = comparison.do_all_runs(command.ray, check_stop)
 
         from sophia_levanter.studies.report import REPORT, write_report
 
@@ -168,6 +168,7 @@ class _Comparison:
 
     def __init__(self, study: Study, overrides: Layer, out: Path) -> None:
         self.study, self.overrides, self.out = study, overrides, out
+        self.texts: Texts = {}
         self.update()
 
     def update(self) -> None:
@@ -199,8 +200,8 @@ class _Comparison:
             state = "done" if find(self.records, run.config) else "to do"
             print(one_line(f"{state:6} {describe(run)}"))
 
-    def texts(self) -> Texts:
-        """Return the digests of the data used by the runs.
+    def check_texts(self) -> None:
+        """Compute the digests of the data used by the runs, and compare them with those in the records.
 
         Raises:
             InputError: if data is missing or differs from the data in a record. Paths may change, but contents may not,
@@ -208,36 +209,40 @@ class _Comparison:
         """
         from sophia_levanter.studies.runner import digests
 
-        texts = {data: digests(data) for data in dict.fromkeys(run.config.data for run in self.runs)}
+        for data in dict.fromkeys(run.config.data for run in self.runs):
+            if data not in self.texts:
+                self.texts[data] = digests(data)
         for run in self.runs:
             record = find(self.records, run.config)
             for name, then in (record.facts.get("texts", {}) if record else {}).items():
-                now = texts[run.config.data][name]
+                now = self.texts[run.config.data][name]
                 if then != now:
                     raise InputError(
                         f"{self.out / RECORDS} contains runs on different text: the digest of data.{name} was "
                         f"{then} and is now {now}; choose another --out"
                     )
-        return texts
 
-    def do_all_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
+    def do_all_runs(self, ray: bool, check_stop: Callable[[], None]) -> int:
         """Train the missing runs and those that coordinate descent plans from their results. Return the failures."""
         tried: set[str] = set()
+        failures = 0
         while True:
             self.print_counts()
+            failures += self.do_runs(
+                {name: c for name, c in self.missing().items() if name not in tried}, ray, check_stop
+            )
             tried |= self.missing().keys()
-            failures = self.do_runs(texts, ray, check_stop)
             self.update()
-            if failures or self.missing().keys() <= tried:
+            if self.missing().keys() <= tried:
                 return failures
+            self.check_texts()
 
-    def do_runs(self, texts: Texts, ray: bool, check_stop: Callable[[], None]) -> int:
-        """Train the missing runs, and write each record as soon as it is available. Return the number of failures."""
+    def do_runs(self, missing: dict[str, TrainConfig], ray: bool, check_stop: Callable[[], None]) -> int:
+        """Train these runs, and write each record as soon as it is available. Return the number of failures."""
         # Import slow modules after the checks, so that mistakes are reported immediately.
         from sophia_levanter.studies import runner
 
         folder = (self.out / "runs").absolute()
-        missing = self.missing()
         names = list(missing)
         configs = [run.config for run in self.runs]
         jobs = runner.jobs_of(configs, list(missing.values()), folder, partial(print, flush=True)) if missing else []
@@ -253,7 +258,7 @@ class _Comparison:
                     print(one_line(f"error: {result}"), file=sys.stderr)
                     failures += 1
                     continue
-                facts = result.facts | {"texts": texts[jobs[index].config.data]}
+                facts = result.facts | {"texts": self.texts[jobs[index].config.data]}
                 self.records.append(replace(result, facts=facts))
                 write_records(self.out / RECORDS, self.study.name, self.records)
                 del left[index]

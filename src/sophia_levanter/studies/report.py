@@ -99,31 +99,36 @@ def _cautions(study: Study, cells: Sequence[Cell]) -> Iterator[str]:
         tokens = lengths(cells, arm)[-1]
         cell = best(cells, arm, tokens)
         assert cell is not None
-        tried = [c for c in cells if c.arm == arm and c.tokens == tokens]
         if arm in searched:
-            yield from _search_cautions(searched[arm], tried)
+            for length in lengths(cells, arm):
+                yield from _search_cautions(searched[arm], [c for c in cells if c.arm == arm and c.tokens == length])
         else:
-            yield from at_the_edge(arm, cell.point, [c.point for c in tried])
+            yield from at_the_edge(arm, cell.point, [c.point for c in cells if c.arm == arm and c.tokens == tokens])
         rate = mean_win_rate(cell)
         if rate is not None:
             yield from unusual_win_rate(arm, rate)
 
 
 def _search_cautions(arm: Arm, tried: Sequence[Cell]) -> Iterator[str]:
-    """Yield warnings about a search that ended early, at the edge of the grid, or with a single seed."""
-    grid = {name: [setting.value for setting in values] for name, values in arm.grid.items()}
-    places = [tuple(values.index(cell.point[name]) for name, values in grid.items()) for cell in tried]
-    losses = dict(zip(places, (cell.tuning_loss for cell in tried), strict=True))
-    values = [{name: value} for name in grid for value in grid[name]]
-    yield from at_the_edge(arm.name, min(tried, key=lambda cell: cell.tuning_loss).point, values)
-    if len(losses) == arm.search_runs and descend(losses, [len(v) for v in grid.values()], len(losses) + 1):
-        indices = dict(zip(grid, zip(*places, strict=True), strict=True))
-        same = [_last(name) for name in grid if len(grid[name]) > 1 and len(set(indices[name])) == 1]
-        yield f"{arm.name}: the search used all {counted(len(losses), 'run')} before it reached a minimum" + (
-            f" and did not vary {', '.join(same)}; increase search_runs." if same else "; increase search_runs."
-        )
-    if len(arm.seeds) == 1:
-        yield f"{arm.name}: the reported loss also selected the best point, so it is optimistic; add seeds."
+    """Yield warnings about a search at one length that has not ended, ended early, or ended at the edge of the grid."""
+    name = f"{arm.name} at {tried[0].tokens:,} tokens"
+    grid = {field: [setting.value for setting in values] for field, values in arm.grid.items()}
+    shape = [len(values) for values in grid.values()]
+    losses = {
+        tuple(values.index(cell.point[field]) for field, values in grid.items()): cell.tuning_loss for cell in tried
+    }
+    same = [field for i, field in enumerate(grid) if shape[i] > 1 and len({place[i] for place in losses}) == 1]
+    best = min(tried, key=lambda cell: cell.tuning_loss)
+    varied = {field: value for field, value in best.point.items() if field not in same}
+    yield from at_the_edge(name, varied, [{field: value} for field in grid for value in grid[field]])
+    if descend(losses, shape, arm.search_runs or 0):
+        yield f"{name}: the search has not ended, because a run is missing."
+    elif descend(losses, shape, len(losses) + 1):
+        not_varied = f" and did not vary {', '.join(map(_last, same))}" if same else ""
+        runs = counted(len(losses), "run")
+        yield f"{name}: the search used all {runs} before it reached a minimum{not_varied}; increase search_runs."
+    if best.seeds == [best.tuning_seed]:
+        yield f"{name}: the reported loss also selected the best point, so it is optimistic; add seeds."
 
 
 def at_the_edge(name: str, best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -177,8 +182,8 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
     note = (
         "s is the length of the baseline's whole schedule divided by the length of the arm's whole schedule that ends "
         "at the same loss, measured in tokens, FLOPs and time. The interval, in tokens, is a bootstrap interval "
-        "over seeds and points tried; `<` and `>` mark bounds, which lie outside the lengths tried. Runs may have "
-        "shared the machine with other work, which affects the time; "
+        "over seeds and points tried; with fewer than five seeds, it is too narrow. `<` and `>` mark bounds: the value "
+        "lies beyond the lengths tried. Runs may have shared the machine with other work, which affects the time; "
         "`tests/benchmarks/peers.py` measures the cost of a step."
     )
     return note + "\n\n" + _table(["arm", "baseline tokens", "s", "s in FLOPs", "s in time", "95% interval"], rows)
@@ -202,8 +207,7 @@ def _factor(found: SpeedUp, cost: float) -> str:
 
 
 def _interval(found: SpeedUp) -> str:
-    # If the factor is a bound, the bootstrap interval also consists of bounds and is not shown.
-    if found.low is None or found.bound:
+    if found.low is None:
         return "–"
     low, high = f"{found.low_bound}{found.low:.2f}", f"{found.high_bound}{found.high:.2f}"
     return f"{low}–{high} ({found.seeds} seeds)"
@@ -213,8 +217,7 @@ def _all_table(cells: Sequence[Cell]) -> str:
     # Points of a search are compared by the seed that all of them have.
     ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.tuning_loss))
     rows = [
-        [c.arm, f"{c.tokens:,}", _point(c), _tuning_loss(c), str(len(c.records)), str(c.diverged), _win_rate(c)]
-        for c in ordered
+        [c.arm, f"{c.tokens:,}", _point(c), _tuning_loss(c), _seeds(c), str(c.diverged), _win_rate(c)] for c in ordered
     ]
     return _table(["arm", "tokens", "point", "validation loss", "seeds", "diverged", "final win rate"], rows)
 
@@ -234,9 +237,13 @@ def _loss(cell: Cell) -> str:
 
 
 def _tuning_loss(cell: Cell) -> str:
-    if cell.tuning_seed is None or not math.isfinite(cell.tuning_loss):
+    if cell.tuning_seed is None:
         return _loss(cell)
-    return f"{cell.tuning_loss:.4f} (seed {cell.tuning_seed})"
+    return f"{cell.tuning_loss:.4f}" if math.isfinite(cell.tuning_loss) else "diverged"
+
+
+def _seeds(cell: Cell) -> str:
+    return str(len(cell.seeds)) if cell.tuning_seed is None else f"seed {cell.tuning_seed}"
 
 
 def _win_rate(cell: Cell) -> str:

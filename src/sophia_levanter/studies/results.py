@@ -78,12 +78,13 @@ class Cell:
 def collect(runs: Sequence[PlannedRun], records: Sequence[Record]) -> list[Cell]:
     """Return the cells with at least one record, in the order of the study."""
     cells: dict[tuple, Cell] = {}
+    tuning_seeds = {(run.arm, run.tokens): run.seed for run in runs if run.tuning}
     for run in runs:
         record = find(records, run.config)
         if record is not None:
-            key = (run.arm, tuple(run.point.items()), run.tokens)
-            cell = cells.setdefault(key, Cell(run.arm, run.point, run.tokens, {}, run.seed if run.tuning else None))
-            cell.records[run.seed] = record
+            key = (run.arm, repr(run.point), run.tokens)
+            tuning_seed = tuning_seeds.get((run.arm, run.tokens))
+            cells.setdefault(key, Cell(run.arm, run.point, run.tokens, {}, tuning_seed)).records[run.seed] = record
     return list(cells.values())
 
 
@@ -201,12 +202,14 @@ class _Tuned:
     def resample(self, seeds: Sequence[int], draws: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Return bootstrap losses [RESAMPLES] in nats for draws of seeds, [RESAMPLES, seeds], and of points.
 
-        To account for luck in tuning, a resample adds the difference between its best point and the best of all points.
+        To account for luck in tuning, a resample adds the difference between its best point and the best of all points,
+        as if points had been drawn at random. Points that diverged are excluded.
         """
         losses = np.array(self.cell.losses(seeds))[draws].mean(axis=1)
-        if not math.isfinite(self.tried.min()):
+        tried = self.tried[np.isfinite(self.tried)]
+        if tried.size == 0:
             return losses
-        return losses + random.choice(self.tried, (RESAMPLES, len(self.tried))).min(axis=1) - self.tried.min()
+        return losses + random.choice(tried, (RESAMPLES, tried.size)).min(axis=1) - tried.min()
 
 
 def _tuned(cells: Sequence[Cell], arm: str, tokens: int) -> _Tuned:
@@ -218,7 +221,9 @@ def _tuned(cells: Sequence[Cell], arm: str, tokens: int) -> _Tuned:
 def _speed_up(curve: Sequence[_Tuned], target: _Tuned) -> SpeedUp:
     tokens = [tuned.cell.tokens for tuned in curve]
     seeds = sorted(set(target.cell.seeds).intersection(*(tuned.cell.seeds for tuned in curve)))
-    reached, bound = reach(target.cell.mean, tokens, [tuned.cell.mean for tuned in curve])
+    # With common seeds, compare on these alone; they share data and initial weights.
+    wanted_mean, *means = (statistics.fmean(tuned.cell.losses(seeds or None)) for tuned in (target, *curve))
+    reached, bound = reach(wanted_mean, tokens, means)
     speed_up = SpeedUp(target.cell.tokens, target.cell.tokens / reached, bound, None, None, len(seeds))
     if len(seeds) > 1:
         # Resample seeds, not runs. With the same seed, arms share data and initial weights, so pairing cancels noise.
@@ -226,8 +231,9 @@ def _speed_up(curve: Sequence[_Tuned], target: _Tuned) -> SpeedUp:
         draws = random.choice(len(seeds), (RESAMPLES, len(seeds)))
         wanted, *losses = (tuned.resample(seeds, draws, random) for tuned in (target, *curve))
         found = [reach(loss, tokens, row) for loss, row in zip(wanted, np.transpose(losses), strict=True)]
-        factors = sorted((target.cell.tokens / length, sign) for length, sign in found)
-        (low, low_bound), (high, high_bound) = (factors[round(q * (RESAMPLES - 1))] for q in (0.025, 0.975))
+        order = {"<": 0, "": 1, ">": 2}
+        factors = sorted((target.cell.tokens / length, order[sign], sign) for length, sign in found)
+        (low, _, low_bound), (high, _, high_bound) = (factors[round(q * (RESAMPLES - 1))] for q in (0.025, 0.975))
         speed_up = replace(speed_up, low=low, high=high, low_bound=low_bound, high_bound=high_bound)
     return speed_up
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -157,46 +158,52 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int, loss_of: LossOf) -> I
         return PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config, tuning)
 
     shape = [len(values) for values in arm.grid.values()]
-    if arm.search_runs is None:
+    if arm.search_runs is None or max(shape, default=1) == 1:
         for place in itertools.product(*map(range, shape)):
             yield from (run(place, tokens, seed) for tokens, seed in itertools.product(arm.tokens, arm.seeds))
         return
-    first, *fresh = arm.seeds
-    (middle,) = descend({}, shape, arm.search_runs)
+    if overridden := [name for name in arm.grid if name in overrides]:
+        raise InputError(f"arm {arm.name}: --{overridden[0]} overrides a field of the grid; remove it from one of them")
+    middle = _middle(shape)
     for i, size in enumerate(shape):  # check all values now, because the search may not reach them for hours
         for index in range(size):
-            run((*middle[:i], index, *middle[i + 1 :]), arm.tokens[0], first)
+            run((*middle[:i], index, *middle[i + 1 :]), min(arm.tokens), arm.seeds[0])
     for tokens in arm.tokens:
         losses: dict[Place, float] = {}
-        while next_places := descend(losses, shape, arm.search_runs):
-            runs = {place: run(place, tokens, first, tuning=True) for place in next_places}
+        next_places = [middle]
+        while next_places:
+            runs = {place: run(place, tokens, arm.seeds[0], tuning=True) for place in next_places}
             yield from runs.values()
-            known = {place: loss for place in runs if (loss := loss_of(runs[place].config)) is not None}
-            if len(known) < len(runs):
-                break
-            losses |= known
+            losses |= {place: loss for place in runs if (loss := loss_of(runs[place].config)) is not None}
+            if not losses.keys() >= runs.keys():
+                break  # plan again when these runs are done
+            next_places = descend(losses, shape, arm.search_runs)
         else:
-            yield from (run(min(losses, key=losses.__getitem__), tokens, seed) for seed in fresh)
+            best = min(losses, key=losses.__getitem__)
+            if math.isfinite(losses[best]):
+                yield from (run(best, tokens, seed) for seed in arm.seeds[1:])
+
+
+def _middle(shape: Sequence[int]) -> Place:
+    """Return the place at which coordinate descent starts."""
+    return tuple((size - 1) // 2 for size in shape)
 
 
 def descend(losses: dict[Place, float], shape: Sequence[int], runs: int) -> list[Place]:
     """Return the next points that coordinate descent tries, or nothing at a local minimum and after `runs` points.
 
-    The search starts in the middle of each list of values. It then tries the neighbors of the best point in the first
-    field that has untried ones.
+    These are the untried neighbors of the best point in one field. Fields with fewer values tried so far come first.
 
     Args:
-        losses: the losses at the points tried so far. Infinite values are allowed.
+        losses: the losses at the points tried so far, at least one. Infinite values are allowed.
         shape: the number of values of each field.
         runs: the maximum number of points to try.
     """
-    if not losses:
-        return [tuple((size - 1) // 2 for size in shape)]
     best = min(losses, key=losses.__getitem__)
-    for i, size in enumerate(shape):
-        neighbors = [(*best[:i], best[i] + step, *best[i + 1 :]) for step in (1, -1) if 0 <= best[i] + step < size]
+    for i in sorted(range(len(shape)), key=lambda i: len({place[i] for place in losses})):
+        neighbors = [(*best[:i], best[i] + step, *best[i + 1 :]) for step in (1, -1) if 0 <= best[i] + step < shape[i]]
         if untried := [place for place in neighbors if place not in losses]:
-            return untried[: runs - len(losses)]
+            return untried[: max(runs - len(losses), 0)]
     return []
 
 
@@ -295,7 +302,7 @@ def _grid_values(arm: str, key: str, setting: Setting) -> list[Setting]:
     if not isinstance(setting.value, list) or not setting.value:
         shown = show_value(setting.value)
         raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} is {shown}; it must be a list of values to try")
-    if len(set(map(repr, setting.value))) < len(setting.value):
+    if any(setting.value.count(value) > 1 for value in setting.value):
         raise InputError(f"{setting.prefix}arms.{arm}.grid.{key} contains duplicates; list each value once")
     return [Setting(value, setting.file) for value in setting.value]
 
