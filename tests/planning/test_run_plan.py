@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from sophia_levanter.accelerators import GIB
@@ -16,7 +17,7 @@ from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.planning.run_plan import _time, describe
 from sophia_levanter.planning.step_plan import StepTime
-from sophia_levanter.planning.target import node_of, pretended_target, tpu_target
+from sophia_levanter.planning.target import Target, node_of, pretended_target, tpu_target
 from sophia_levanter.run.summary import describe_layout
 
 CONFIG = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=8, num_train_steps=86_400))
@@ -28,8 +29,10 @@ def lines(time, target, config=CONFIG):
     return list(_time(config, time, target, mfu=0.4))
 
 
-def test_an_optimizer_that_does_not_fit_the_model():
+def test_an_optimizer_that_does_not_fit_the_model(monkeypatch):
     """Said before anything is compiled."""
+    # The process of the tests has started jax, so its number of devices can no longer be set.
+    monkeypatch.setattr(Target, "devices", lambda self: jax.devices()[:1])
     optimizer = AdamWConfig(groups=(GroupConfig("wtx"),))
     config = replace(CONFIG, optimizer=optimizer, data=DataConfig(tokenizer="bytes"))
     with pytest.raises(InputError, match=r"^optimizer\.groups\[0\]\.match 'wtx' matches no parameter; choose from \['"):
