@@ -1,4 +1,4 @@
-"""Prints what the factorial of PROTOCOL.md has found so far, from the records alone, as the tables of results.md.
+"""Prints what the factorial of PROTOCOL.md has found so far, from the records alone, and draws it in factorial.png.
 
 Run it in the repository's root: python docs/evidence/factorial_summary.py
 """
@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import matplotlib as mpl
 import numpy as np
 from factorial import CORE, EVIDENCE, HUTCHINSON, POWER, STEPS, STUDIES
+from matplotlib.figure import Figure
 
+from sophia_levanter.studies.plots import LOOK, MARKERS, as_png, style_of
 from sophia_levanter.studies.records import find, read_records
 from sophia_levanter.studies.report import mean_win_rate
 from sophia_levanter.studies.results import RESAMPLES, Cell, collect
 from sophia_levanter.studies.study import plan, read_study
 
+PREDICTED = {  # D by basis and batch, from PROTOCOL.md
+    "parameters": {1: 0.0, 4: -0.03, 16: -0.04, 64: -0.05},
+    "kronecker": {1: 0.0, 4: 0.0, 16: 0.01, 64: 0.02},
+}
+BASES = {"parameters": "parameters' own basis", "kronecker": "Kronecker basis"}
 NAMES = {
     "second": "second moment",
     "gnb": "GNB",
@@ -49,9 +58,39 @@ def resampled(tuning: list[Cell], fresh: Cell, random: np.random.Generator, draw
     return np.array(fresh.losses())[draws].mean(axis=1) + luck
 
 
-def tables() -> Iterator[str]:
+@dataclass(frozen=True)
+class Difference:
+    """D, the loss with the second moment minus the loss with GNB, at one batch size and in one basis."""
+
+    batch: int
+    basis: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def decision(self) -> str:
+        if self.value > 0.01 and self.low > 0:
+            return "curvature wins"
+        return "curvature loses" if self.value < -0.01 and self.high < 0 else "cannot be told"
+
+
+def differences(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> Iterator[Difference]:
+    """D at the batch sizes and in the bases whose two cells are complete."""
+    for batch, cells in batches.items():
+        for basis in BASES:
+            pair = [cells.get(f"{basis}_{kind}") for kind in ("second", "gnb")]
+            if pair[0] is None or pair[1] is None:
+                continue
+            random = np.random.default_rng(0)
+            draws = random.integers(2, size=(RESAMPLES, 2))
+            second, gnb = (resampled(*cell, random, draws) for cell in pair)
+            low, high = np.quantile(second - gnb, (0.025, 0.975))
+            yield Difference(batch, basis, pair[0][1].mean - pair[1][1].mean, low, high)
+
+
+def tables(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> Iterator[str]:
     """The lines of the tables."""
-    batches = {batch: cells for batch in sorted(STEPS) if (cells := cells_at(batch))}
     yield "| batch | basis | divided by | best point | tuning runs | seeds 1, 2 | mean | win rate |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for batch, cells in batches.items():
@@ -63,22 +102,50 @@ def tables() -> Iterator[str]:
             results = [point, tried, seeds, f"{fresh.mean:.4f}", "" if rate is None else f"{rate:.2f}"]
             yield f"| {batch} | {basis} | {NAMES[kind]} | {' | '.join(results)} |"
     yield ""
-    yield "| batch | basis | D: second moment minus GNB | 95% interval | decision |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| batch | basis | D: second moment minus GNB | 95% interval | predicted | decision |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for d in differences(batches):
+        predicted = PREDICTED[d.basis][d.batch]
+        yield (
+            f"| {d.batch} | {d.basis} | {d.value:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {predicted:+.2f} "
+            f"| {d.decision} |"
+        )
+    yield ""
+    yield "| batch | gain of the Kronecker basis, second moment | GNB |"
+    yield "| --- | --- | --- |"
     for batch, cells in batches.items():
-        for basis in ("parameters", "kronecker"):
-            pair = [cells.get(f"{basis}_{kind}") for kind in ("second", "gnb")]
-            if None in pair:
-                continue
-            random = np.random.default_rng(0)
-            draws = random.integers(2, size=(RESAMPLES, 2))
-            second, gnb = (resampled(*cell, random, draws) for cell in pair)
-            difference = pair[0][1].mean - pair[1][1].mean
-            low, high = np.quantile(second - gnb, (0.025, 0.975))
-            wins, loses = difference > 0.01 and low > 0, difference < -0.01 and high < 0
-            decision = "curvature wins" if wins else "curvature loses" if loses else "cannot be told"
-            yield f"| {batch} | {basis} | {difference:+.4f} | {low:+.4f} to {high:+.4f} | {decision} |"
+        if set(CORE) <= cells.keys():
+            means = {name: fresh.mean for name, (_, fresh) in cells.items()}
+            gains = [means[f"parameters_{kind}"] - means[f"kronecker_{kind}"] for kind in ("second", "gnb")]
+            yield f"| {batch} | {gains[0]:+.4f} | {gains[1]:+.4f} |"
+
+
+def picture(found: list[Difference]) -> bytes:
+    """D against the batch size, with its interval and, hollow, its prediction."""
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        for number, (basis, label) in enumerate(BASES.items()):
+            look = {"color": style_of(number)["color"], "marker": MARKERS[number]}
+            shift = 1.06 ** (2 * number - 1)  # keeps the intervals apart
+            here = [d for d in found if d.basis == basis]
+            x, y = [d.batch * 1024 * shift for d in here], np.array([d.value for d in here])
+            bars = np.abs([[d.low for d in here], [d.high for d in here]] - y)
+            axes.errorbar(x, y, bars, label=label, capsize=3, linewidth=1.4, **look)
+            expected = PREDICTED[basis]
+            x = [batch * 1024 * shift for batch in expected]
+            axes.plot(x, [*expected.values()], ":", markerfacecolor="white", linewidth=1, alpha=0.7, **look)
+        axes.set_xscale("log", base=2)
+        sizes = sorted(STEPS)
+        axes.set_xticks([size * 1024 for size in sizes], [f"{size * 1024:,}" for size in sizes])
+        axes.set_xlabel("tokens per batch")
+        axes.set_ylabel("gain of GNB over the second moment\n(nats per byte)")
+        axes.legend()
+        return as_png(figure)
 
 
 if __name__ == "__main__":
-    print("\n".join(tables()))
+    batches = {batch: cells for batch in sorted(STEPS) if (cells := cells_at(batch))}
+    print("\n".join(tables(batches)))
+    (EVIDENCE / "factorial.png").write_bytes(picture([*differences(batches)]))

@@ -22,7 +22,7 @@ from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training.step import StepSettings, first_state, train_step
 
 WIDTH, LAYERS, STEPS = 64, 2, 5  # of the base; the first step has the rate 0, as with any warm-up
-ROWS, LENGTH, VOCAB_SIZE = 8, 16, 50
+LENGTH = 16
 RATES = {"learning_rate": 2e-3, "warmup": 1, "schedule": ConstantSchedule()}
 SOPHIA = RATES | {"rho": 0.5, "interval": 1}
 OPTIMIZERS = {
@@ -40,17 +40,22 @@ OPTIMIZERS = {
 
 
 @cache
-def batch():
-    """Tokens as often as words are, the same at each step."""
-    shares = 1 / np.arange(1, VOCAB_SIZE + 1)
-    drawn = np.random.default_rng(0).choice(VOCAB_SIZE, (ROWS, LENGTH + 1), p=shares / shares.sum())
-    return batch_from_sequences(drawn.astype(np.int32))
+def data(name):
+    """A vocabulary's size, and a batch with tokens as often as words are, the same at each step.
+
+    A hyperball fixes the norm of an update, which Muon divides equally among the directions of the gradient. Their
+    number must therefore grow with the width, so Muon on a hyperball gets more distinct inputs.
+    """
+    vocab_size, rows = (1000, 64) if name == "muon_hyperball" else (50, 8)
+    shares = 1 / np.arange(1, vocab_size + 1)
+    drawn = np.random.default_rng(0).choice(vocab_size, (rows, LENGTH + 1), p=shares / shares.sum())
+    return vocab_size, batch_from_sequences(drawn.astype(np.int32))
 
 
 @eqx.filter_jit
-def activations(model):
+def activations(model, tokens):
     """The input of the first block, the results of the blocks, and the logits."""
-    found = [model.embed(hax.named(batch().tokens.array[0], ("batch", "position")), None)]
+    found = [model.embed(hax.named(tokens, ("batch", "position")), None)]
     for layer, block in enumerate(model.blocks.unstacked()):
         found.append(block(found[-1], hax.named(jnp.asarray(layer), ()), None))
     return [x.array for x in [*found, model.head(model.head_inputs(found[-1]))]]
@@ -76,17 +81,18 @@ def trained(name, width=WIDTH, num_layers=LAYERS, parametrization="mup", matrice
         parametrization=parametrization,
         **base if parametrization == "mup" else {},
     )
-    trainer = TrainerConfig(num_train_steps=STEPS, batch_size=ROWS, max_grad_norm=None)
+    vocab_size, batch = data(name)
+    trainer = TrainerConfig(num_train_steps=STEPS, batch_size=batch.tokens.array.shape[1], max_grad_norm=None)
     still = tuple(GroupConfig(role=role, learning_rate="0 x") for role in ("embedding", "vector"))
     optimizer = dataclasses.replace(OPTIMIZERS[name], groups=still if matrices_alone else ())
     settings = StepSettings.of(TrainConfig(model=model, optimizer=optimizer, trainer=trainer))
     partition = partition_of(devices=jax.devices()[:1])
     step = eqx.filter_jit(partial(train_step, settings, settings.optimizer.refresh_due(0)))
     with partition.active():
-        built = eqx.filter_jit(model.build)(vocab_size=VOCAB_SIZE, key=jax.random.key(0))
+        built = eqx.filter_jit(model.build)(vocab_size=vocab_size, key=jax.random.key(0))
         states = [first_state(settings, built)]
         for _ in range(STEPS):
-            state, output = step(batch(), states[-1])
+            state, output = step(batch, states[-1])
             states.append(state)
     return states, output
 
@@ -95,10 +101,11 @@ def rms(x):
     return float(jnp.sqrt(jnp.mean(x**2)))
 
 
-def changes(*args, **kwargs):
+def changes(name, *args, **kwargs):
     """The root mean squares of what the steps change in the activations, and the last step's win rate."""
-    states, output = trained(*args, **kwargs)
-    pairs = zip(activations(states[-1].model), activations(states[0].model), strict=True)
+    states, output = trained(name, *args, **kwargs)
+    tokens = data(name)[1].tokens.array[0]
+    pairs = zip(activations(states[-1].model, tokens), activations(states[0].model, tokens), strict=True)
     found = np.array([rms(after - before) for after, before in pairs])
     return found, float(output.metrics.get("optim/win_rate", np.nan))
 
