@@ -181,8 +181,8 @@ def _speed_table(baseline: str, cells: Sequence[Cell]) -> str:
             rows.append([arm, f"{found.tokens:,}", *factors, _interval(found)])
     note = (
         "s is the length of the baseline's whole schedule divided by the length of the arm's whole schedule that ends "
-        "at the same loss, measured in tokens, FLOPs and time. The interval, in tokens, is a bootstrap interval "
-        "over seeds and points tried; with fewer than five seeds, it is too narrow. `<` and `>` mark bounds: the value "
+        "at the same loss, measured in tokens, FLOPs and time. The interval, in tokens, allows for seeds (a t "
+        "distribution) and for luck in tuning (a bootstrap over the points tried). `<` and `>` mark bounds: the value "
         "lies beyond the lengths tried. Runs may have shared the machine with other work, which affects the time; "
         "`tests/benchmarks/peers.py` measures the cost of a step."
     )

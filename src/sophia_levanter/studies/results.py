@@ -168,7 +168,7 @@ class SpeedUp:
         factor: the speed-up s. The arm is faster than the baseline if s is above 1.
         bound: "" if `factor` is exact; ">" if `factor` is a lower bound, because even the arm's shortest schedule
             reaches the loss; "<" if `factor` is an upper bound, because even its longest schedule does not.
-        low, high: 95% bootstrap interval over seeds and tuning; None if there are fewer than two common seeds.
+        low, high: 95% interval over seeds and tuning; None if there are fewer than two common seeds.
         seeds: the number of common seeds.
         low_bound, high_bound: like `bound`, for `low` and `high`.
     """
@@ -197,45 +197,87 @@ class _Tuned:
     """The best cell of an arm at one length, and the losses by which it was selected from all points tried."""
 
     cell: Cell
-    tried: np.ndarray
-
-    def resample(self, seeds: Sequence[int], draws: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Return bootstrap losses [RESAMPLES] in nats for draws of seeds, [RESAMPLES, seeds], and of points.
-
-        To account for luck in tuning, a resample adds the difference between its best point and the best of all points,
-        as if points had been drawn at random. Points that diverged are excluded.
-        """
-        losses = np.array(self.cell.losses(seeds))[draws].mean(axis=1)
-        tried = self.tried[np.isfinite(self.tried)]
-        if tried.size == 0:
-            return losses
-        return losses + random.choice(tried, (RESAMPLES, tried.size)).min(axis=1) - tried.min()
+    tried: list[float]
 
 
 def _tuned(cells: Sequence[Cell], arm: str, tokens: int) -> _Tuned:
     cell = best(cells, arm, tokens)
     assert cell is not None
-    return _Tuned(cell, np.array([c.tuning_loss for c in cells if c.arm == arm and c.tokens == tokens]))
+    return _Tuned(cell, [c.tuning_loss for c in cells if c.arm == arm and c.tokens == tokens])
 
 
 def _speed_up(curve: Sequence[_Tuned], target: _Tuned) -> SpeedUp:
     tokens = [tuned.cell.tokens for tuned in curve]
     seeds = sorted(set(target.cell.seeds).intersection(*(tuned.cell.seeds for tuned in curve)))
     # With common seeds, compare on these alone; they share data and initial weights.
-    wanted_mean, *means = (statistics.fmean(tuned.cell.losses(seeds or None)) for tuned in (target, *curve))
-    reached, bound = reach(wanted_mean, tokens, means)
+    losses = [tuned.cell.losses(seeds or None) for tuned in (target, *curve)]
+    wanted, *means = map(statistics.fmean, losses)
+    reached, bound = reach(wanted, tokens, means)
     speed_up = SpeedUp(target.cell.tokens, target.cell.tokens / reached, bound, None, None, len(seeds))
     if len(seeds) > 1:
-        # Resample seeds, not runs. With the same seed, arms share data and initial weights, so pairing cancels noise.
         random = np.random.default_rng(0)
-        draws = random.choice(len(seeds), (RESAMPLES, len(seeds)))
-        wanted, *losses = (tuned.resample(seeds, draws, random) for tuned in (target, *curve))
-        found = [reach(loss, tokens, row) for loss, row in zip(wanted, np.transpose(losses), strict=True)]
-        order = {"<": 0, "": 1, ">": 2}
-        factors = sorted((target.cell.tokens / length, order[sign], sign) for length, sign in found)
-        (low, _, low_bound), (high, _, high_bound) = (factors[round(q * (RESAMPLES - 1))] for q in (0.025, 0.975))
+        drawn = draw_means(np.array(losses), random)
+        drawn += np.stack([draw_luck(tuned.tried, random) for tuned in (target, *curve)])
+        (low, low_bound), (high, high_bound) = speed_up_interval(drawn[0], drawn[1:], tokens, target.cell.tokens)
         speed_up = replace(speed_up, low=low, high=high, low_bound=low_bound, high_bound=high_bound)
     return speed_up
+
+
+def draw_means(losses: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Draw mean losses of several arms, given the losses of a few seeds.
+
+    The draws have a multivariate t distribution around the measured means. With the same seed, arms share data and
+    initial weights; what a seed does to all of them alike cancels in differences. A bootstrap over seeds would be far
+    too narrow: with three seeds, it ends at the smallest and the largest loss.
+
+    Args:
+        losses: the losses [arms, seeds] in nats; inf if a run diverged.
+        random: the source of randomness.
+
+    Returns:
+        Means [arms, RESAMPLES]. If some of an arm's runs diverged, so do as many of its draws as would in a bootstrap.
+    """
+    num_seeds = losses.shape[1]
+    finite = np.isfinite(losses)
+    known = np.where(finite, losses, 0.0)
+    means = known.sum(axis=1, keepdims=True) / np.maximum(finite.sum(axis=1, keepdims=True), 1)
+    deviations = np.where(finite, known - means, 0.0) @ random.standard_normal((num_seeds, RESAMPLES))
+    draws = means + deviations / np.sqrt(num_seeds * random.chisquare(num_seeds - 1, RESAMPLES))
+    seeds = random.integers(num_seeds, size=(RESAMPLES, num_seeds))
+    return np.where(finite[:, seeds].all(axis=2), draws, math.inf)
+
+
+def draw_luck(tried: Sequence[float], random: np.random.Generator) -> np.ndarray:
+    """Draw by how much the best points of two searches differ, from the losses of the points that were tried.
+
+    Each search draws as many points at random as were tried. Points that diverged are excluded.
+
+    Returns:
+        Differences [RESAMPLES] in nats, distributed symmetrically around 0.
+    """
+    points = [loss for loss in tried if math.isfinite(loss)]
+    if not points:
+        return np.zeros(RESAMPLES)
+    first, second = random.choice(points, (2, RESAMPLES, len(points))).min(axis=2)
+    return first - second
+
+
+def speed_up_interval(
+    wanted: np.ndarray, losses: np.ndarray, tokens: Sequence[int], target_tokens: int
+) -> tuple[tuple[float, str], tuple[float, str]]:
+    """Return the ends of the central 95% of speed-ups. Each has its bound, as in `SpeedUp`.
+
+    Args:
+        wanted: draws [RESAMPLES] of the loss at the end of the baseline's schedule of `target_tokens` tokens.
+        losses: draws [lengths, RESAMPLES] of the losses at the end of schedules of `tokens` tokens.
+        tokens: the schedule lengths, in ascending order.
+        target_tokens: the length of the baseline's schedule.
+    """
+    found = [reach(loss, tokens, row) for loss, row in zip(wanted, losses.T, strict=True)]
+    order = {"<": 0, "": 1, ">": 2}
+    factors = sorted((target_tokens / length, order[sign], sign) for length, sign in found)
+    low, high = (factors[round(q * (RESAMPLES - 1))] for q in (0.025, 0.975))
+    return (low[0], low[2]), (high[0], high[2])
 
 
 def reach(wanted: float, tokens: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
