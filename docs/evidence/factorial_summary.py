@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sophia_levanter.studies.plots import LOOK, MARKERS, as_png, style_of
 from sophia_levanter.studies.records import find, read_records
 from sophia_levanter.studies.report import mean_win_rate
-from sophia_levanter.studies.results import RESAMPLES, Cell, collect
+from sophia_levanter.studies.results import RESAMPLES, Cell, collect, draw_luck
 from sophia_levanter.studies.study import plan, read_study
 
 PREDICTED = {  # D by basis and batch, from PROTOCOL.md
@@ -67,6 +67,7 @@ class Difference:
     value: float
     low: float
     high: float
+    pooled: tuple[float, float]  # the interval of Change 2
 
     @property
     def decision(self) -> str:
@@ -75,18 +76,27 @@ class Difference:
         return "curvature loses" if self.value < -0.01 and self.high < 0 else "cannot be told"
 
 
-def differences(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> Iterator[Difference]:
+def differences(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> list[Difference]:
     """D at the batch sizes and in the bases whose two cells are complete."""
-    for batch, cells in batches.items():
-        for basis in BASES:
-            pair = [cells.get(f"{basis}_{kind}") for kind in ("second", "gnb")]
-            if pair[0] is None or pair[1] is None:
-                continue
-            random = np.random.default_rng(0)
-            draws = random.integers(2, size=(RESAMPLES, 2))
-            second, gnb = (resampled(*cell, random, draws) for cell in pair)
-            low, high = np.quantile(second - gnb, (0.025, 0.975))
-            yield Difference(batch, basis, pair[0][1].mean - pair[1][1].mean, low, high)
+    pairs = {
+        (batch, basis): (cells[f"{basis}_second"], cells[f"{basis}_gnb"])
+        for batch, cells in batches.items()
+        for basis in BASES
+        if {f"{basis}_second", f"{basis}_gnb"} <= cells.keys()
+    }
+    by_seed = {key: np.subtract(second[1].losses(), gnb[1].losses()) for key, (second, gnb) in pairs.items()}
+    error = math.sqrt(np.mean([difference.var(ddof=1) for difference in by_seed.values()]) / 2) if pairs else 0.0
+    found = []
+    for (batch, basis), pair in pairs.items():
+        random = np.random.default_rng(0)
+        draws = random.integers(2, size=(RESAMPLES, 2))
+        second, gnb = (resampled(*cell, random, draws) for cell in pair)
+        low, high = np.quantile(second - gnb, (0.025, 0.975))
+        value = by_seed[batch, basis].mean()
+        luck = [draw_luck([cell.mean for cell in tuning], random) for tuning, _ in pair]
+        wide = value + error * random.standard_t(len(pairs), RESAMPLES) + luck[0] - luck[1]
+        found.append(Difference(batch, basis, value, low, high, tuple(np.quantile(wide, (0.025, 0.975)))))
+    return found
 
 
 def tables(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> Iterator[str]:
@@ -102,14 +112,12 @@ def tables(batches: dict[int, dict[str, tuple[list[Cell], Cell]]]) -> Iterator[s
             results = [point, tried, seeds, f"{fresh.mean:.4f}", "" if rate is None else f"{rate:.2f}"]
             yield f"| {batch} | {basis} | {NAMES[kind]} | {' | '.join(results)} |"
     yield ""
-    yield "| batch | basis | D: second moment minus GNB | 95% interval | predicted | decision |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| batch | basis | D: second moment minus GNB | predicted | 95% interval | decision | pooled interval |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for d in differences(batches):
-        predicted = PREDICTED[d.basis][d.batch]
-        yield (
-            f"| {d.batch} | {d.basis} | {d.value:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {predicted:+.2f} "
-            f"| {d.decision} |"
-        )
+        intervals = [f"{low:+.4f} to {high:+.4f}" for low, high in ((d.low, d.high), d.pooled)]
+        results = [f"{d.value:+.4f}", f"{PREDICTED[d.basis][d.batch]:+.2f}", intervals[0], d.decision, intervals[1]]
+        yield f"| {d.batch} | {d.basis} | {' | '.join(results)} |"
     yield ""
     yield "| batch | gain of the Kronecker basis, second moment | GNB |"
     yield "| --- | --- | --- |"
@@ -131,7 +139,7 @@ def picture(found: list[Difference]) -> bytes:
             shift = 1.06 ** (2 * number - 1)  # keeps the intervals apart
             here = [d for d in found if d.basis == basis]
             x, y = [d.batch * 1024 * shift for d in here], np.array([d.value for d in here])
-            bars = np.abs([[d.low for d in here], [d.high for d in here]] - y)
+            bars = np.abs(np.transpose([d.pooled for d in here]) - y)
             axes.errorbar(x, y, bars, label=label, capsize=3, linewidth=1.4, **look)
             expected = PREDICTED[basis]
             x = [batch * 1024 * shift for batch in expected]
@@ -148,4 +156,4 @@ def picture(found: list[Difference]) -> bytes:
 if __name__ == "__main__":
     batches = {batch: cells for batch in sorted(STEPS) if (cells := cells_at(batch))}
     print("\n".join(tables(batches)))
-    (EVIDENCE / "factorial.png").write_bytes(picture([*differences(batches)]))
+    (EVIDENCE / "factorial.png").write_bytes(picture(differences(batches)))
