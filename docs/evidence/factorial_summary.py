@@ -140,7 +140,7 @@ def picture(found: list[Difference]) -> bytes:
             here = [d for d in found if d.basis == basis]
             x, y = [d.batch * 1024 * shift for d in here], np.array([d.value for d in here])
             bars = np.abs(np.transpose([d.pooled for d in here]) - y)
-            axes.errorbar(x, y, bars, label=label, capsize=3, linewidth=1.4, **look)
+            axes.errorbar(x, y, bars, label=label, capsize=3, linestyle="none", elinewidth=1.4, **look)
             expected = PREDICTED[basis]
             x = [batch * 1024 * shift for batch in expected]
             axes.plot(x, [*expected.values()], ":", markerfacecolor="white", linewidth=1, alpha=0.7, **look)
