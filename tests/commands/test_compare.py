@@ -234,6 +234,20 @@ def test_another_text_needs_another_place(write, tmp_path, capsys, done):
     assert (tmp_path / "out" / "study.json").read_text() == before
 
 
+def test_arms_that_differ_only_in_their_text_are_refused(write, tmp_path, capfd, done):
+    """A record does not say which text it is of."""
+    other = tmp_path / "other.txt"
+    other.write_text("Another text altogether.")
+    study = write(f"{STUDY}  again: {{settings: {{data: {{train: {other}}}, optimizer: {{type: adamw}}}}}}\n")
+    assert main(arguments(study)) == 2
+    error = capfd.readouterr().err
+    assert error == (
+        "error: adamw tokens=640 seed=0 and again tokens=640 seed=0 differ only in their text, so their records could "
+        "not be told apart; give each text a study with its own --out\n"
+    )
+    assert not done
+
+
 def test_arms_share_the_runs_that_are_the_same(write, done):
     assert main(arguments(write(f"{STUDY}  again: {{settings: {{optimizer: {{type: adamw}}}}}}\n"))) == 0
     assert len(done) == 2
@@ -295,7 +309,7 @@ def test_failures_and_divergences_leave_the_others(write, tmp_path, capfd, done)
     out, error = capfd.readouterr()
     assert error == "error: a.log: no luck\n" * 2
     assert "3/6 adamw tokens=640 seed=66: diverged\n" in out
-    assert "4 runs were started; 2 diverged" in out
+    assert "4 runs ended; 2 diverged" in out
     records = read_records(tmp_path / "out" / "study.json")
     assert [(record.config["trainer.seed"], record.status) for record in records] == [
         (66, "diverged"), (66, "diverged"), (0, "done"), (0, "done"),

@@ -131,7 +131,7 @@ def test_one_run_diverges_one_fails_and_one_is_good(ray, write, tmp_path, capfd)
     assert line.startswith(f"error: {tmp_path}/out/runs/") and ".log: " in line
     assert f"{in_the_way} is a file; specify a directory" in line
     assert "learning_rate" not in error and "Traceback" not in error
-    assert "2 runs were started; 1 diverged" in out
+    assert "2 runs ended; 1 diverged" in out
     by_rate = {record.config["optimizer.learning_rate"]: record for record in read_records(tmp_path / "out/study.json")}
     assert (by_rate[1e38].status, by_rate[1e38].loss) == ("diverged", None)
     assert (by_rate[1e-2].status, by_rate[1e-2].facts["environment"]["cpu_threads"] == 1) == ("done", bool(ray))

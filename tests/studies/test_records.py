@@ -9,6 +9,7 @@ import pytest
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdamWConfig
 from sophia_levanter.config.data import DataConfig
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.optimizer import SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.trainer import TaskConfig, TrainerConfig
 from sophia_levanter.errors import InputError
@@ -82,6 +83,14 @@ def test_where_files_lie_and_what_is_said_make_no_other_run(make_record):
         run_dir="d", checkpoint_every=7, keep_checkpoints=5, log_every=3, sample_tokens=9, evaluate_every=11
     )
     assert find([record], TrainConfig(data=data, trainer=trainer)) is record
+    other = TrainConfig(
+        plugins=("mine",),
+        data=DataConfig(on_leak="error"),
+        mesh=MeshConfig(start_timeout=9, heartbeat_timeout=9),
+    )
+    assert find([record], other) is record
+    older = dataclasses.replace(record, config=record.config | {"mesh.start_timeout": 300})
+    assert find([older], other) is older
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_report_of_a_study(study, tmp_path):
     assert (tmp_path / "report.md").read_text() == text
     lines = text.splitlines()
     assert lines[0] == "# small"
-    assert "9 runs were started; 1 diverged. Parameters: 1,000." in lines
+    assert "9 runs ended; 1 diverged. Parameters: 1,000." in lines
     assert "| adamw | 1,000 | 2 | learning_rate 0.01 | 4.0100 ± 0.0141 | 2 |" in lines
     assert "| sophia | 2,000 | 1 | learning_rate 0.01 | 2.0100 ± 0.0141 | 2 |" in lines
     # A token of Sophia-G costs 1 + 2 / 3 / 10 of AdamW's FLOPs, and 0.15 s / 0.1 s of its time.
@@ -133,9 +133,27 @@ def test_records_that_are_not_asked_for_change_no_table(study, tmp_path, make_re
     later = make_record(config=flat_config(runs[0].config) | {"optimizer.of_tomorrow": 1}, loss=0.1)
     before = write_report(STUDY, runs, records, tmp_path)
     after = write_report(STUDY, runs, [later, *records], tmp_path)
-    told = before.replace("9 runs were started", "10 runs were started")
+    told = before.replace("9 runs ended", "10 runs ended")
     told = told.replace("Parameters: 1,000.", "Parameters: 1,000. 1 of them is not part of the current study.")
     assert after == told
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_runs_without_a_result_are_counted(study, tmp_path):
+    runs, records = study
+    told = "**2 planned runs failed or did not end yet, which may change the best points.**"
+    assert told in write_report(STUDY, runs, records[2:], tmp_path)
+    assert "planned run" not in write_report(STUDY, runs, records, tmp_path)
+
+
+@pytest.mark.usefixtures("no_pngs")
+def test_a_mixture_is_a_text(study, tmp_path, make_record):
+    runs, _ = study
+    parts = [{"digest": "abc", "weight": 1.0}, {"digest": "xyz", "weight": 3.0}]
+    records = [make_record(run.config, facts={"data": {"mixture": parts}}) for run in runs]
+    assert "training texts" not in write_report(STUDY, runs, records, tmp_path)
+    records[0] = make_record(runs[0].config, facts={"data": {"mixture": parts[:1]}})
+    assert "**The runs used 2 different training texts.**" in write_report(STUDY, runs, records, tmp_path)
 
 
 @pytest.mark.usefixtures("no_pngs")

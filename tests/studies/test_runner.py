@@ -255,6 +255,12 @@ def test_what_an_attempt_before_left_is_not_this_run(lines, pretend):
     assert do(job).loss == 2.0
 
 
+def test_a_run_that_rolls_back_is_read_from_the_start(pretend):
+    """It replaces its metrics with a shorter file, in which an old position may lie in the middle of a line."""
+    job, _ = pretend("log([5.25] * 20); time.sleep(0.3); log([5.0] * 4); time.sleep(0.3); log([5.0] * 90, last=2.0)")
+    assert do(job).loss == 2.0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_is_interrupted_stops_the_run_and_lets_it_save(number, pretend):
     """The run itself must not get the signal of its whole group besides: the second would end it without saving."""

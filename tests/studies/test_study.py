@@ -73,8 +73,9 @@ def test_the_nearer_setting_counts(write, runs):
     (run,) = runs(
         "config: [tiny.yaml, common.yaml]\ntokens: 1000\n"
         "settings: {optimizer: {b2: 0.2, eps: 0.2, weight_decay: 0.2, learning_rate: 0.2}}\n"
-        "arms:\n  a:\n    config: [arm.yaml]\n    settings: {optimizer: {weight_decay: 0.4, learning_rate: 0.4}}\n"
-        "    grid: {optimizer: {learning_rate: [0.5], b1: [0.5]}}\n",
+        "arms:\n  a:\n    config: [arm.yaml]\n"
+        "    settings: {optimizer: {weight_decay: 0.4, learning_rate: 0.4, b1: 0.4}}\n"
+        "    grid: {optimizer: {learning_rate: [0.5]}}\n",
         optimizer__b1="0.6",
     )
     optimizer = run.config.optimizer
@@ -384,6 +385,13 @@ def test_a_bad_override_is_one_line(field, value, wanted, runs):
     with pytest.raises(InputError) as caught:
         runs(GOOD + ARM, **{field.replace(".", "__"): value})
     assert str(caught.value).startswith(wanted) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("search", ["", "search_runs: 9, "])
+def test_a_field_of_the_grid_cannot_be_overridden(search, runs):
+    text = f"config: [tiny.yaml]\ntokens: 1000\narms: {{a: {{{search}grid: {{optimizer: {{rho: [1, 2]}}}}}}}}"
+    with pytest.raises(InputError, match=r"^arm a: --optimizer\.rho overrides a field of the grid; remove it from one"):
+        runs(text, optimizer__rho="3")
 
 
 def marked(path):

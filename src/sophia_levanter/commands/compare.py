@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -20,7 +21,7 @@ from sophia_levanter.errors import InputError, counted, one_line
 from sophia_levanter.files import lock
 from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import DONE, FAILURE, PREEMPTED, run_command
-from sophia_levanter.studies.records import find, read_records, write_records
+from sophia_levanter.studies.records import find, flat_config, read_records, write_records
 from sophia_levanter.studies.study import PlannedRun, Study, plan, read_study
 from sophia_levanter.training.stopping import StopRequest
 
@@ -212,7 +213,14 @@ class _Comparison:
         for data in dict.fromkeys(run.config.data for run in self.runs):
             if data not in self.texts:
                 self.texts[data] = digests(data)
+        same: dict[str, PlannedRun] = {}
         for run in self.runs:
+            first = same.setdefault(json.dumps(flat_config(run.config)), run)
+            if self.texts[first.config.data] != self.texts[run.config.data]:
+                raise InputError(
+                    f"{describe(first)} and {describe(run)} differ only in their text, so their records could not be "
+                    "told apart; give each text a study with its own --out"
+                )
             record = find(self.records, run.config)
             for name, then in (record.facts.get("texts", {}) if record else {}).items():
                 now = self.texts[run.config.data][name]

@@ -21,7 +21,7 @@ from sophia_levanter.errors import DirectoryInUse, InputError
 
 # Settings that `--resume auto` may change: the run's length, and settings that do not affect its results, such as the
 # coordinator's address.
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "plugins",
     "trainer.metrics",
     "trainer.callbacks",
@@ -249,7 +249,7 @@ def check_same_run(field: str, place: str, old: TrainConfig, new: TrainConfig) -
     """
     for name, before, after in changed_fields(old, new):
         # If `vocab_rows` is not set, it is taken from the initial weights.
-        if name not in _MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
+        if name not in MAY_DIFFER and (name, after) != ("model.vocab_rows", None):
             changes = f", or continue that run with main --resume {place}" * (field == "run_dir")
             raise InputError(
                 f"trainer.{field} {place} contains another run: its {name} is {before!r}, not {after!r}; "

@@ -12,34 +12,13 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.build import flat, schema
 from sophia_levanter.config.command_line import build_config
 from sophia_levanter.config.files import Setting
-from sophia_levanter.config.run import TrackingConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular, write_atomically
+from sophia_levanter.run.directory import MAY_DIFFER
 
-# Fields that do not affect the result of a run, such as file locations and how often the run logs and saves.
-_NO_MATTER = (
-    "data.train",
-    "data.validation",
-    "data.cache_dir",
-    "data.num_workers",
-    "trainer.run_dir",
-    "trainer.checkpoint_every",
-    "trainer.checkpoint_minutes",
-    "trainer.checkpoint_dir",
-    "trainer.keep_checkpoints",
-    "trainer.keep_every",
-    "trainer.keep_best",
-    "trainer.best_by",
-    "trainer.tasks",
-    "trainer.tasks_every",
-    "trainer.cast_checkpoint",
-    "trainer.step_timeout",
-    "trainer.log_every",
-    "trainer.profile_steps",
-    "trainer.sample_tokens",
-    "trainer.evaluate_every",
-    *(f"tracking.{field.name}" for field in dataclasses.fields(TrackingConfig)),
-)
+# Fields that do not affect the result of a run. Digests identify the texts, and the optimizer's type its plug-in.
+_NO_MATTER = {*MAY_DIFFER, "data.train", "data.validation", "trainer.evaluate_every", "trainer.sample_tokens"}
+_NO_MATTER -= {"trainer.num_train_steps"}
 FORMAT = 1
 
 
@@ -77,9 +56,14 @@ class Record:
 
 
 def flat_config(config: TrainConfig) -> dict[str, Any]:
-    """Return the fields that affect the result of a run, keyed by dotted name, excluding validation sources."""
-    matter = {name: value for name, value in flat(config).items() if name not in _NO_MATTER}
-    return {name: value for name, value in matter.items() if not name.startswith("data.validation.")}
+    """Return the fields that affect the result of a run, and the plug-ins, keyed by dotted name."""
+    fields = flat(config)
+    return _that_matter(fields) | {"plugins": fields["plugins"]}
+
+
+def _that_matter(fields: dict[str, Any]) -> dict[str, Any]:
+    named_sets = "data.validation."
+    return {name: x for name, x in fields.items() if name not in _NO_MATTER and not name.startswith(named_sets)}
 
 
 def config_of(record: Record) -> TrainConfig:
@@ -93,11 +77,11 @@ def find(records: Iterable[Record], config: TrainConfig) -> Record | None:
     Fields that did not exist in the version that wrote a record are assumed to have their default values. A record with
     a field that does not exist in this version does not match any configuration.
     """
-    wanted = flat_config(config)
+    wanted = _that_matter(flat(config))
     defaults = flat_config(TrainConfig(model=type(config.model)(), optimizer=type(config.optimizer)()))
     missing = {name: defaults.get(name) for name in wanted}
     former = schema(TrainConfig).former
-    present = ((record, {former.get(k, k): v for k, v in record.config.items()}) for record in records)
+    present = ((record, _that_matter({former.get(k, k): v for k, v in record.config.items()})) for record in records)
     return next((record for record, config in present if missing | config == wanted), None)
 
 

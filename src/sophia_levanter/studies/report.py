@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sophia_levanter.errors import InputError, counted, one_line
-from sophia_levanter.studies.records import Record
+from sophia_levanter.studies.records import Record, find
 from sophia_levanter.studies.results import (
     Cell,
     SpeedUp,
@@ -46,7 +47,9 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     cells = collect(runs, records)
     if not cells:
         return f"# {one_line(study.name)}\n\nNo run has finished yet."
-    parts = [f"# {one_line(study.name)}", _summary(cells, records), "## Best point of each arm", _best_table(cells)]
+    missing = sum(find(records, run.config) is None for run in runs)
+    summary = _summary(cells, records, missing)
+    parts = [f"# {one_line(study.name)}", summary, "## Best point of each arm", _best_table(cells)]
     if study.baseline is not None:
         parts += [f"## Speed-up over {study.baseline}", _speed_table(study.baseline, cells)]
     parts += ["## All points", _all_table(cells)]
@@ -64,13 +67,17 @@ def write_report(study: Study, runs: Sequence[PlannedRun], records: Sequence[Rec
     return text
 
 
-def _summary(cells: Sequence[Cell], records: Sequence[Record]) -> str:
+def _summary(cells: Sequence[Cell], records: Sequence[Record], missing: int) -> str:
     diverged = sum(record.loss is None for record in records)
     # Older records of runs that diverged before their first checkpoint lack both the model size and the data digest.
     sizes = ", ".join(f"{n:,}" for n in sorted({record.parameters for record in records} - {0}))
-    texts = len({record.facts["data"]["digest"] for record in records if "data" in record.facts})
-    were = "was" if len(records) == 1 else "were"
-    lines = [f"{counted(len(records), 'run')} {were} started; {diverged} diverged. Parameters: {sizes}."]
+    # A mixture has no digest of its own.
+    texts = len({json.dumps(data.get("digest", data)) for record in records if (data := record.facts.get("data"))})
+    lines = [f"{counted(len(records), 'run')} ended; {diverged} diverged. Parameters: {sizes}."]
+    if missing:
+        lines.append(
+            f"**{counted(missing, 'planned run')} failed or did not end yet, which may change the best points.**"
+        )
     others = len(records) - len({id(record) for cell in cells for record in cell.records.values()})
     if others:
         lines.append(f"{others} of them {'is' if others == 1 else 'are'} not part of the current study.")

@@ -314,17 +314,18 @@ def _inode(path: Path) -> int | None:
 def _watch(process: subprocess.Popen, metrics: Path, stale: int | None, check_stop: CheckStop) -> bool:
     """Wait for the process to end, or stop it if the run has diverged. Return whether the run has diverged.
 
-    A metrics file with the inode `stale` is from an earlier attempt. When the run resumes, the process replaces this
-    file with a new one that contains only the lines before the first new step.
+    A metrics file with the inode `stale` is from an earlier attempt; the process replaces it when the run resumes.
     """
     losses: list[float] = []
-    position = 0
+    position, before = 0, None
     while process.poll() is None:
         for _ in range(10):  # poll often, so that a second signal can interrupt the wait
             check_stop()
             time.sleep(POLL_SECONDS / 10)
-        if _inode(metrics) in (None, stale):
+        if (inode := _inode(metrics)) in (None, stale):
             continue
+        if inode != before:  # a run that rolls back replaces the file with a shorter one
+            losses, position, before = [], 0, inode
         with metrics.open() as file:
             file.seek(position)
             for line in iter(file.readline, ""):

@@ -157,13 +157,13 @@ def _runs_of(arm: Arm, overrides: Layer, evaluations: int, loss_of: LossOf) -> I
             raise InputError(f"arm {arm.name}: {error}") from None
         return PlannedRun(arm.name, {name: value.value for name, value in point.items()}, tokens, seed, config, tuning)
 
+    if overridden := [name for name in arm.grid if name in overrides]:
+        raise InputError(f"arm {arm.name}: --{overridden[0]} overrides a field of the grid; remove it from one of them")
     shape = [len(values) for values in arm.grid.values()]
     if arm.search_runs is None or max(shape, default=1) == 1:
         for place in itertools.product(*map(range, shape)):
             yield from (run(place, tokens, seed) for tokens, seed in itertools.product(arm.tokens, arm.seeds))
         return
-    if overridden := [name for name in arm.grid if name in overrides]:
-        raise InputError(f"arm {arm.name}: --{overridden[0]} overrides a field of the grid; remove it from one of them")
     middle = _middle(shape)
     for i, size in enumerate(shape):  # check all values now, because the search may not reach them for hours
         for index in range(size):
