@@ -127,6 +127,15 @@ def test_bad_input_is_not_tried_again(tmp_path):
     assert said[-1] == "error: setup failed:"
 
 
+def test_a_run_that_has_trained_survives_a_failing_preparation(tmp_path):
+    status, said, record = run(
+        tmp_path, Scripts([f"{REPORTS}; exit 1"], InputError("setup failed:\npip: no"), ["true"])
+    )
+    assert status == 0
+    assert any("setup failed:; failures 2 of 10" in line for line in said)
+    assert record.read().failures == 2
+
+
 def test_what_is_refused_without_a_message_shows_what_was_printed(tmp_path):
     status, said, _ = run(tmp_path, Scripts(["echo 'unknown option' >&2; exit 2"]))
     assert (status, said[-2:]) == (2, ["  | unknown option", "error: the run rejected its input"])

@@ -147,7 +147,9 @@ class Supervisor:
             commands = self._backend.commands(self._job, number)
         except (InputError, Unavailable) as error:
             reason, *details = str(error).splitlines()
-            return Outcome("refused" if isinstance(error, InputError) else "unavailable", reason, tail=details)
+            # A run that has trained was accepted before, so the cause may pass.
+            refused = isinstance(error, InputError) and not self._has_begun
+            return Outcome("refused" if refused else "unavailable", reason, tail=details)
         secrets = [value for name in self._policy.secrets if (value := os.environ.get(name))]
         attempt = Attempt(commands, self._record.attempt_directory(number), self._hear, secrets)
         try:

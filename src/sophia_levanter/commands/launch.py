@@ -185,6 +185,11 @@ def _status(words: Sequence[str]) -> int:
 
 
 def _show(record: LaunchRecord) -> int:
+    from sophia_levanter.cluster.slurm.job import active_job
+
+    if not record.is_held and (job := active_job(record.directory)):
+        print(f"Slurm job {job[0]} is {job[1]}; the launcher starts with it")
+        return DONE
     status = record.read()
     print(one_line(status))
     if status.exit_status is None and not record.is_held:
@@ -217,12 +222,14 @@ def _logs(words: Sequence[str]) -> int:
 
 
 def _stop(words: Sequence[str]) -> int:
-    from sophia_levanter.cluster.slurm.job import cancel_if_queued
+    from sophia_levanter.cluster.slurm import ask
+    from sophia_levanter.cluster.slurm.job import active_job
 
     record, _ = _record(words)
     if not record.is_held:
-        if number := cancel_if_queued(record.directory):
-            print(f"cancelled Slurm job {number} before it started")
+        if job := active_job(record.directory):
+            ask("scancel", job[0])
+            print(f"cancelled Slurm job {job[0]} before it started")
         else:
             print("nothing is running", flush=True)
             _show(record)

@@ -255,12 +255,12 @@ def scancel(words: list[str]) -> int:
             for pid in (state() / f"step-{step}").read_text().split("\n")[1:]:
                 kill(int(pid))
         return 0
-    job = state() / f"job-{words[0]}"
-    if job.read_text() == "PENDING":
+    job, pid = state() / f"job-{words[0]}", state() / f"pid-{words[0]}"
+    if not pid.exists():
         job.write_text("CANCELLED")
         return 0
     job.write_text("COMPLETING")
-    os.kill(int((state() / f"pid-{words[0]}").read_text()), signal.SIGTERM)
+    os.kill(int(pid.read_text()), signal.SIGTERM)
     return 0
 
 

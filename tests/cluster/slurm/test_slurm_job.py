@@ -15,7 +15,7 @@ from fake_slurm import ODD_NAME, tasks, until
 from sophia_levanter.cluster.backend import Job
 from sophia_levanter.cluster.config import SlurmCluster, read_cluster
 from sophia_levanter.cluster.record import STOP
-from sophia_levanter.cluster.slurm.job import cancel_if_queued, describe_submission, sbatch_script, submit
+from sophia_levanter.cluster.slurm.job import active_job, describe_submission, sbatch_script, submit
 from sophia_levanter.commands import launch
 from sophia_levanter.errors import InputError
 
@@ -165,13 +165,19 @@ def test_stopped_run_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
     assert not (slurm_commands / "requeued").exists()
 
 
-def test_job_in_the_queue_is_cancelled_by_stop(slurm_commands: Path, slurm_run: Job, capsys):
+@pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "RUNNING"])
+def test_job_in_the_queue_is_cancelled_by_stop(state: str, slurm_commands: Path, slurm_run: Job, capsys):
+    """A job that boots its nodes or runs `setup` has no launcher yet."""
     (slurm_run.directory / "slurm_job").write_text("100")
-    (slurm_commands / "job-100").write_text("PENDING")
+    (slurm_commands / "job-100").write_text(state)
+    assert launch.main(["status", str(slurm_run.run_dir)]) == 0
+    assert capsys.readouterr().out == f"Slurm job 100 is {state}; the launcher starts with it\n"
     assert launch.main(["stop", str(slurm_run.run_dir)]) == 0
     assert capsys.readouterr().out == "cancelled Slurm job 100 before it started\n"
     assert (slurm_commands / "job-100").read_text() == "CANCELLED"
-    assert cancel_if_queued(slurm_run.directory) is None
+    assert active_job(slurm_run.directory) is None
+    assert launch.main(["status", str(slurm_run.run_dir)]) == 2
+    assert "contains no launched run" in capsys.readouterr().err
 
 
 def test_cancelled_job_is_not_queued_again(slurm_commands: Path, slurm_run: Job):

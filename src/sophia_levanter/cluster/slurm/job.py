@@ -157,23 +157,18 @@ def submit(cluster: SlurmCluster, job: Job, words: Sequence[str], say: Say) -> i
         sbatch.wait()
 
 
-def cancel_if_queued(directory: Path) -> str | None:
-    """Cancel a run's job if it is waiting in the queue.
+def active_job(directory: Path) -> tuple[str, str] | None:
+    """Return the number and state of a run's job; None if it has ended, or if the run has none.
 
     Args:
         directory: the launcher's directory for the run.
-
-    Returns:
-        The job's number if the job was cancelled, otherwise None.
     """
     try:
         number = read_regular(directory / NUMBER).decode()
     except OSError:
         return None
-    if _state(number) not in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-        return None
-    ask("scancel", number)
-    return number
+    state = _state(number)
+    return None if state in (None, "COMPLETED", "COMPLETING", "FAILED", *BAD_ENDS) else (number, state)
 
 
 def _script(job: Job) -> Path:
