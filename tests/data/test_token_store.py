@@ -338,6 +338,18 @@ def test_a_store_in_a_bucket(make_store: MakeStore, bucket: FakeGcs, capsys: pyt
     assert f"error: {command[0]}: the token store is damaged" in capsys.readouterr().err
 
 
+def test_both_stores_of_a_folder_in_a_bucket(
+    make_store: MakeStore, bucket: FakeGcs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_store(["first document", "second document"]).path
+    objects = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for side in ("train", "validation"):
+        bucket.objects |= {f"owt/{side}/{name}": (1, content) for name, content in objects.items()}
+    assert inspect_data.main(["gs://bucket/owt"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "://" in line] == ["gs://bucket/owt/train", "gs://bucket/owt/validation"]
+
+
 def test_no_store_in_a_bucket(bucket: FakeGcs, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_data.main(["gs://bucket/nothing", "--verify"]) == 2
     error = capsys.readouterr().err

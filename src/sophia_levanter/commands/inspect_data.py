@@ -57,10 +57,23 @@ def _inspect(words: Sequence[str]) -> int:
 
     from sophia_levanter.data.token_store import SIDES
 
-    folders = [f"{location}/{name}" for name in ("all", *SIDES) if Path(location, name).is_dir()]
-    for store in folders or [location]:
+    folders = [f"{location}/{name}" for name in ("all", *SIDES)]
+    for store in [folder for folder in folders if _exists(folder)] or [location]:
         _print_store(store, count, seq_len, verify="--verify" in arguments.flags)
     return DONE
+
+
+def _exists(folder: str) -> bool:
+    """Return whether a local folder, or a token store at a URL, exists."""
+    from sophia_levanter.data.token_store import MANIFEST_NAME
+    from sophia_levanter.kvstore import read_file
+
+    if "://" not in folder:
+        return Path(folder).is_dir()
+    try:
+        return read_file(folder, MANIFEST_NAME) is not None
+    except ValueError:  # for example, the bucket does not respond; opening the store reports it
+        return False
 
 
 def _print_store(location: str, count: int, seq_len: int, *, verify: bool) -> None:
