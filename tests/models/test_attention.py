@@ -152,6 +152,19 @@ def test_splash_is_the_same(mesh, wanted, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_splash_takes_a_single_row_on_a_mesh(mesh, monkeypatch):
+    """Sampling fills its cache from one row of tokens, which has no batch axis."""
+    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
+    monkeypatch.setattr(attention, "_chosen", lambda wanted, *_: wanted)
+    one = [hax.named(x[0], WIDE[1:]) for x in WIDE_ARRAYS]
+    starts = hax.named(np.arange(128, dtype=np.int32) // 50 * 50, WIDE[1])
+    wanted = attend(*one, document_starts=starts)
+    with partition_of(mesh).active():
+        found = attend(*one, implementation="splash", document_starts=starts)
+    np.testing.assert_allclose(found.array, wanted.array, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["splash", "blocked"])
 def test_documents_on_a_mesh_are_those_of_xla_on_one_device(implementation, monkeypatch):
     """Documents of any length, which begin inside of blocks; TPU's kernel is interpreted."""

@@ -210,7 +210,9 @@ def _splash(
     partition = active_partition()
     if partition is None or partition.mesh.size == 1:
         return attend(*given)
-    rows, heads = partition.compute["batch"], partition.compute.get("heads")
+    # Sampling fills its cache one row at a time. Rows that cannot be split are computed on every device.
+    rows = partition.compute["batch"] if q.shape[0] % partition.row_shards == 0 else None
+    heads = partition.compute.get("heads")
     spec = PartitionSpec(rows, None, heads, None)
     specs = ((spec,) * 3 + (PartitionSpec(rows, None),))[: len(given)]
     return jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)(*given)
