@@ -37,6 +37,11 @@ def test_the_standard_library_as_it_declares_its_encoding(monkeypatch: pytest.Mo
     source = source_of("python_stdlib")
     assert [text for _, text in source.documents()] == ["# coding: latin-1\n'é'"]
     assert source.rows.left_out == ""  # empty modules are not worth a line
+    (tmp_path / "f.py").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    source = source_of("python_stdlib")
+    found = [(text, source.share_read()) for _, text in source.documents()]
+    assert [text for text, _ in found] == ["# coding: latin-1\n'é'", "one\ntwo\nthree\n"]
+    assert found[-1][1] == 1
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nowhere")})
     assert "does not include the source code of the standard library" in error_of("python_stdlib")
 

@@ -310,6 +310,7 @@ def _python_source(content: BinaryIO) -> str:
     try:
         encoding, _ = tokenize.detect_encoding(content.readline)
         content.seek(0)
-        return io.TextIOWrapper(content, encoding, line_buffering=True).read()
+        # A TextIOWrapper would close the content, whose position is still needed to report progress.
+        return io.StringIO(content.read().decode(encoding), newline=None).read()
     except (SyntaxError, UnicodeDecodeError):  # the library ships a few files that are broken on purpose
         return ""
