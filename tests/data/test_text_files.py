@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.registry import _registry
 from reading import error_of, json_lines, parquet, read, source_of
 
 from sophia_levanter.data.text_files import find_files
@@ -191,6 +195,57 @@ def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.Abstr
     memory_files.pipe("/here/b.txt", b"Bb")
     with pytest.raises(InputError, match=r"memory:///?here/b\.txt changed after it was found"):
         list(source.documents())
+
+
+class Web(fsspec.AbstractFileSystem):
+    """What fsspec's HTTP file system, which needs aiohttp, says of files on a server."""
+
+    protocol = "http"
+    cachable = False
+    content = b"one"
+    headers: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    def unstrip_protocol(self, name: str) -> str:
+        return name
+
+    def isdir(self, path: str) -> bool:
+        return False
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "size": len(self.content), **self.headers, "type": "file"}
+
+    def ukey(self, path: str) -> str:
+        return path
+
+    def _open(self, path: str, *args: Any, **options: Any) -> Any:
+        return io.BytesIO(self.content)
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Put content at a URL."""
+    monkeypatch.setitem(_registry, "http", Web)
+
+    def put(content: bytes, **headers: str) -> str:
+        monkeypatch.setattr(Web, "content", content)
+        monkeypatch.setattr(Web, "headers", {name.replace("_", "-"): value for name, value in headers.items()})
+        return "http://server/a"
+
+    return put
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last_Modified"])
+def test_a_file_on_a_web_server_is_known_by_its_headers(web: Callable[..., str], header: str) -> None:
+    source = source_of(web(b"one", **{header: "1"}))
+    web(b"two", **{header: "2"})
+    assert source_of("http://server/a").identity != source.identity
+    with pytest.raises(InputError, match="changed after it was found"):
+        list(source.documents())
+    assert source_of(web(b"one")).parts == [("http://server/a", 3, "http://server/a")]
 
 
 def test_what_is_not_text_is_an_error_before_anything_is_read(tmp_path: Path) -> None:

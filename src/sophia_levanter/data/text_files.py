@@ -27,7 +27,7 @@ DATASET_MARKS = ("state.json", "dataset_dict.json")
 LEFT_BESIDE_FOLDERS = {"__macosx", "_temporary", "_delta_log"}
 LEFT_BESIDE = (".bak", ".orig", ".swp", ".part", ".crdownload", ".tmp", ".incomplete")
 # The fsspec names of the properties that show whether a file was modified or replaced.
-REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "generation", "md5Hash", "blob_id")
+REMOTE_MARKS = ("size", "mtime", "ino", "ETag", "etag", "Last-Modified", "generation", "md5Hash", "blob_id")
 
 Report = Callable[[str], None]
 
@@ -269,8 +269,10 @@ def _remote_files(source: str, field: str, report: Report) -> list[TextFile]:
 def _remote_file(filesystem: Any, path: str, field: str) -> TextFile:
     details = filesystem.info(path)
     marks = {name: details[name] for name in REMOTE_MARKS if name in details}
-    name = filesystem.unstrip_protocol(path)
-    return TextFile(name, field, details.get("size") or 0, filesystem.ukey(path), marks)
+    name, version = filesystem.unstrip_protocol(path), filesystem.ukey(path)
+    if name.startswith(("http://", "https://")) and (tag := marks.get("ETag") or marks.get("Last-Modified")):
+        version = [version, tag]  # fsspec assumes that files on web servers never change
+    return TextFile(name, field, details.get("size") or 0, version, marks)
 
 
 @contextmanager
