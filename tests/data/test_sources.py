@@ -213,6 +213,11 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert read(f"datasets:{tmp_path}/both") == ROWS
     assert read(f"datasets:{tmp_path}/both?split=test") == ["held out"]
     assert "no split 'dev'; available splits: train, test" in error_of(f"datasets:{tmp_path}/both?split=dev")
+    assert read(f"datasets:{tmp_path}/one?split=train") == ROWS
+    Dataset.from_dict({"text": ROWS}, split="test").save_to_disk(tmp_path / "named")
+    assert read(f"datasets:{tmp_path}/named") == read(f"datasets:{tmp_path}/named?split=test") == ROWS
+    assert "no split 'train'; available splits: test" in error_of(f"datasets:{tmp_path}/named?split=train")
+    assert "no split 'dev'; available splits: train" in error_of(f"datasets:{tmp_path}/one?split=dev")
     assert "data.text_field: 'text'" in error_of(f"datasets:{tmp_path}/one", text_field="body")
     before = source(f"datasets:{tmp_path}/one").identity
     rows.map(lambda row: {"text": row["text"].upper()}).save_to_disk(tmp_path / "one")

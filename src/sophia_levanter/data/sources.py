@@ -203,6 +203,7 @@ class DatasetSource(Source):
         self._scheme, _, rest = name.partition(":")
         self._path, _, query = rest.partition("?")
         self._options = self._parsed(query)
+        self._split = self._options.get("split", "train")
         self._done = 0
         self._num_rows: int | None = None
         self._looked_up = self.identity
@@ -211,7 +212,7 @@ class DatasetSource(Source):
         shown, known = f"{self.rows.field}: {self.name!r}", DATASET_OPTIONS[self._scheme]
         if not self._path:
             raise InputError(f"{shown} does not specify a dataset; use {self._scheme}:NAME")
-        options = {"split": "train"}
+        options: dict[str, str] = {}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
                 raise InputError(f"{shown}: unknown option {key!r}; valid options: {', '.join(known)}")
@@ -246,7 +247,7 @@ class DatasetSource(Source):
         dataset = self._load()
         self._done = start[1]
         splits = getattr(getattr(dataset, "info", None), "splits", None) or {}
-        split = splits.get(self._options["split"])
+        split = splits.get(self._split)
         self._num_rows = len(dataset) if hasattr(dataset, "__len__") else getattr(split, "num_examples", None)
         if start[1] and start[1] == self._num_rows:
             return
@@ -275,18 +276,19 @@ class DatasetSource(Source):
 
     def _load(self) -> Any:
         datasets = optional_import("datasets", "datasets", self._where)
-        split = self._options["split"]
+        split = self._split
         try:
             if self._scheme == "hub":
-                options = {key: self._options.get(key) for key in ("name", "split", "revision")}
+                options = {key: self._options.get(key) for key in ("name", "revision")}
                 streaming = self._options.get("streaming") != "false"
-                return datasets.load_dataset(self._path, streaming=streaming, **options)
+                return datasets.load_dataset(self._path, split=split, streaming=streaming, **options)
             loaded = datasets.load_from_disk(os.path.expanduser(self._path))
         except Exception as error:
             shown = f": {str(error).splitlines()[0]}" if _may_be_shown(error) and str(error) else ""
             raise InputError(f"{self._where} cannot be loaded ({type(error).__name__}){shown}") from error
-        if not isinstance(loaded, datasets.DatasetDict):
-            return loaded
+        if isinstance(loaded, datasets.Dataset):
+            loaded = {str(loaded.split or "train"): loaded}
+            split = self._options.get("split", next(iter(loaded)))
         if split not in loaded:
             raise InputError(f"{self._where} has no split {split!r}; available splits: {', '.join(loaded)}")
         return loaded[split]
