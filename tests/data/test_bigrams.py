@@ -60,6 +60,13 @@ def test_the_first_token_of_each_array_is_context(make_store: MakeStore, tiny_bp
     )
 
 
+def test_a_first_token_without_bytes_is_no_context(make_store: MakeStore, tiny_bpe: Tokenizer) -> None:
+    assert tiny_bpe.token_bytes[260] == b""
+    windows = [np.array([260, 257, 32, 258]), np.array([260, 260])]  # "the an", and nothing
+    expected = by_hand(TRAIN, pairs_of([*b"the an"]))
+    assert bigram_bits_per_byte(make_store(TRAIN, tiny_bpe), windows, tiny_bpe) == pytest.approx(expected, rel=1e-12)
+
+
 def test_reading_in_pieces_changes_nothing(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(TRAIN)
     tokens = np.array([*VALIDATION.encode(), 256])

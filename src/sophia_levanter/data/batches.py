@@ -273,7 +273,8 @@ def bigram_bits_per_byte(train: Tokens, sequences: Iterable[np.ndarray], tokeniz
     bits = np.log2(smoothed.sum(axis=1, keepdims=True)) - np.log2(smoothed)
     total_bits, total_bytes = 0.0, 0
     for sequence in sequences:
-        symbols, first = symbols_of(sequence), lengths[sequence[0]]
+        # A special token has no bytes. After one, the first byte serves as context.
+        symbols, first = symbols_of(sequence), max(int(lengths[sequence[0]]), 1)
         total_bits += float(bits[symbols[first - 1 : -1], symbols[first:]].sum())
         total_bytes += int((symbols[first:] != NUM_BYTES).sum())
     return total_bits / total_bytes if total_bytes else math.nan
