@@ -129,6 +129,22 @@ def test_links_do_not_multiply_the_text(tmp_path: Path, source: str) -> None:
     assert read(tmp_path / source) == ["B"]
 
 
+def test_links_from_a_folder_to_others_are_said(tmp_path: Path) -> None:
+    for name in ("folder/sub", "other", "folder/.git"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "folder" / "a.txt").write_text("A")
+    (tmp_path / "other" / "b.txt").write_text("B")
+    for name in ("sub/within", "sub/linked", ".git/hidden"):
+        (tmp_path / "folder" / name).symlink_to(tmp_path / ("folder/sub" if name == "sub/within" else "other"))
+    said: list[str] = []
+    assert read(tmp_path / "folder", said=said) == ["A"]
+    assert said == [
+        f"data.train: skipped 1 link to other folders, such as {tmp_path}/folder/sub/linked; "
+        f"to follow links, use a glob such as {tmp_path}/folder/**/*.txt"
+    ]
+    assert read(f"{tmp_path}/folder/**/*.txt") == ["A", "B"]
+
+
 @pytest.mark.parametrize("source", ["a", "**/*.txt", "a/*/*/a.txt", "[ab]/**"])
 def test_folders_that_link_to_each_other(tmp_path: Path, source: str) -> None:
     for name, other in ("ab", "ba"):

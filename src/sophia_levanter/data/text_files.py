@@ -227,10 +227,17 @@ def _taken(found: set[Path], kept: set[Path], field: str, report: Report) -> lis
 def _files_of_folder(folder: Path, source: str, field: str, report: Report) -> list[Path]:
     if any((folder / mark).is_file() for mark in DATASET_MARKS):
         raise InputError(f"{field}: {source!r} is a folder saved by `datasets`; use datasets:{source}")
-    found = [p for p in folder.rglob("*") if p.is_file() and _is_of_folder(p.name)]
-    relative = {path: path.relative_to(folder).as_posix() for path in found}
+    relative = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    found = [path for path in relative if path.is_file() and _is_of_folder(path.name)]
     kept = {path for path in found if not _is_hidden(relative[path]) and not _is_left_beside(relative[path])}
     paths = _taken({*found}, kept, field, report)
+    links = [path for path in relative if path.is_symlink() and path.is_dir() and not _is_hidden(relative[path])]
+    # The files in a link to a folder below this one are read anyway.
+    if outside := [path for path in links if not path.resolve().is_relative_to(folder.resolve())]:
+        report(
+            f"{field}: skipped {counted(len(outside), 'link')} to other folders, such as {min(outside)}; "
+            f"to follow links, use a glob such as {source.rstrip('/')}/**/*.txt"
+        )
     if not paths:
         raise InputError(
             f"{field}: the folder {source!r} contains no {', '.join(KINDS)} files; "
