@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 from fsspec.registry import _registry
+from fsspec.spec import AbstractBufferedFile
 from reading import error_of, json_lines, parquet, read, source_of
 
+from sophia_levanter.data import formats
 from sophia_levanter.data.text_files import find_files
 from sophia_levanter.errors import InputError
 
@@ -213,6 +216,24 @@ def test_a_url_whose_content_changes_while_it_is_read(memory_files: fsspec.Abstr
         list(source.documents())
 
 
+class Stream(AbstractBufferedFile):
+    """As fsspec's `HTTPStreamFile`: it does not seek, and a read may return fewer bytes."""
+
+    def __init__(self, filesystem: Any, path: str, content: bytes) -> None:
+        self.details = {"name": path, "size": None}
+        super().__init__(filesystem, path, "rb", cache_type="none")
+        self.content = io.BytesIO(content)
+
+    def seek(self, loc: int, whence: int = 0) -> None:
+        if (loc, whence) not in ((0, 1), (self.loc, 0)):
+            raise ValueError("Cannot seek streaming HTTP file")
+
+    def read(self, num: int = -1) -> bytes:
+        data = self.content.read(min(num, 999))
+        self.loc += len(data)
+        return data
+
+
 class Web(fsspec.AbstractFileSystem):
     """What fsspec's HTTP file system, which needs aiohttp, says of files on a server."""
 
@@ -220,6 +241,7 @@ class Web(fsspec.AbstractFileSystem):
     cachable = False
     content = b"one"
     headers: ClassVar[dict[str, str]] = {}
+    streams = False
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -232,13 +254,13 @@ class Web(fsspec.AbstractFileSystem):
         return False
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        return {"name": path, "size": len(self.content), **self.headers, "type": "file"}
+        return {"name": path, "size": None if self.streams else len(self.content), **self.headers, "type": "file"}
 
     def ukey(self, path: str) -> str:
         return path
 
     def _open(self, path: str, *args: Any, **options: Any) -> Any:
-        return io.BytesIO(self.content)
+        return Stream(self, path, self.content) if self.streams else io.BytesIO(self.content)
 
 
 @pytest.fixture
@@ -262,6 +284,36 @@ def test_a_file_on_a_web_server_is_known_by_its_headers(web: Callable[..., str],
     with pytest.raises(InputError, match="changed after it was found"):
         list(source.documents())
     assert source_of(web(b"one")).parts == [("http://server/a", 3, "http://server/a")]
+
+
+@pytest.mark.parametrize("kind", ["text", "lines", "array", "lines.gz", "parquet"])
+def test_servers_that_send_only_whole_files(
+    web: Callable[..., str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """They send no sizes either."""
+    monkeypatch.setattr(Web, "streams", True)
+    monkeypatch.setattr(formats, "EXPANDED_BYTES", 100)
+    texts = ["one" * 40_000, "two", "three" * 40_000]
+    rows = [{"text": text} for text in texts]
+    content = {
+        "text": "".join(texts).encode(),
+        "lines": json_lines(*rows),
+        "array": json.dumps(rows).encode(),
+        "lines.gz": gzip.compress(json_lines(*rows)),
+        "parquet": parquet({"text": texts}),
+    }
+    assert read(web(content[kind])) == (["".join(texts)] if kind == "text" else texts)
+
+
+def test_a_server_that_refuses_a_part_of_a_file(web: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise ValueError("The HTTP server doesn't appear to support range requests.")
+
+    monkeypatch.setattr(Web, "streams", True)
+    monkeypatch.setattr(Stream, "read", refuse)
+    assert error_of(web(b"one")) == (
+        "data.train: http://server/a cannot be read in parts; download it and specify the local file"
+    )
 
 
 def test_what_is_not_text_is_an_error_before_anything_is_read(tmp_path: Path) -> None:

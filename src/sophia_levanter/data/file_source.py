@@ -227,7 +227,7 @@ class FileSource(Source):
     def _parquet_rows(self, opened: OpenFile, skip: int) -> Iterator[Record]:
         file, content = opened.file, opened.content
         parquet = optional_import("pyarrow.parquet", "pyarrow", file.where)
-        if not content.seekable() or opened.compression is not None:  # the footer is at the end, so read everything
+        if opened.compression is not None or not _can_seek(content):  # the footer is at the end, so read everything
             content = io.BytesIO(content.read())
         try:
             table = parquet.ParquetFile(content)
@@ -297,6 +297,16 @@ class _Utf8:
                 text, self._at_beginning = text.removeprefix("\ufeff"), False
             if text or not data:
                 return text
+
+
+def _can_seek(content: BinaryIO) -> bool:
+    """Return whether a file at its beginning can seek. fsspec's streams say that they can."""
+    try:
+        content.seek(0, os.SEEK_END)
+        content.seek(0)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _not_utf8(error: UnicodeDecodeError, offset: int, where: str) -> InputError:

@@ -61,7 +61,8 @@ class OpenFile:
             self._raw = self.file.open()
         self.content = _decompressed(self._raw, self.compression, self.file.where)
         if self.compression is not None:
-            limit = max(EXPANDED_BYTES, MOST_EXPANSION * self.file.size)
+            # Some servers do not send the size.
+            limit = max(EXPANDED_BYTES, MOST_EXPANSION * self.file.size) if self.file.size else sys.maxsize
             self.content = cast(BinaryIO, io.BufferedReader(_Bounded(self.content, limit, self.file.where), 1 << 17))
 
     def share_read(self) -> float:
@@ -128,6 +129,8 @@ def readable(file: TextFile) -> Iterator[None]:
         if isinstance(error, OSError):
             reason = error.strerror or " ".join(str(error).split())
             raise InputError(f"{file.field}: cannot read {file.name}: {reason}") from error
+        if isinstance(error, ValueError) and "://" in file.name:  # fsspec, where a server cannot send parts of a file
+            raise InputError(f"{file.where} cannot be read in parts; download it and specify the local file") from error
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import io
 import os
 import re
 import sysconfig
@@ -57,7 +58,9 @@ class TextFile:
         if "://" not in self.name:
             return cast(BinaryIO, Path(self.name).open("rb"))
         with _remote(self.name, self.field) as (filesystem, path):
-            return cast(BinaryIO, filesystem.open(path, "rb"))
+            raw = filesystem.open(path, "rb")
+            # fsspec reads lines slowly and, because it seeks, not from a stream.
+            return cast(BinaryIO, io.BufferedReader(raw, 1 << 17) if hasattr(raw, "readinto") else raw)
 
     def check_unchanged(self) -> None:
         """Check that the file has not changed since it was found.
