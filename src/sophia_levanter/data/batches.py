@@ -104,9 +104,9 @@ class TrainBatches:
     The cost of computing a batch does not depend on the step. A sequence consists of `seq_len + 1` tokens and starts at
     a multiple of `seq_len`. The inputs are all tokens except the last, and the targets are all tokens except the first.
     Each epoch visits all sequences in a new order. Tokens after the last full sequence are not used. A batch may span
-    two epochs. Each part of a mixture has its own epochs. At any point, the number of sequences sampled from each part
-    matches its weight to within one sequence; grain rounds the weights to a hundredth of the smallest weight. The order
-    of the sequences does not depend on the batch size.
+    two epochs. Each part of a mixture has its own epochs. At any point, the number of sequences sampled so far from
+    each of n parts matches its weight to within n - 1 sequences; grain rounds the weights to a hundredth of the
+    smallest weight. The order of the sequences does not depend on the batch size.
 
     Args:
         corpus: the training tokens.
