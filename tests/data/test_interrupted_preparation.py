@@ -155,6 +155,15 @@ def test_what_changed_where_it_was_read_is_prepared_anew(config: DataConfig, tmp
     assert "changed in the part that was already prepared; preparing it again from the start" in said[0]
 
 
+def test_a_record_that_gained_a_document_is_prepared_anew(config: DataConfig) -> None:
+    config = replace(config, document_separator="----")
+    Path(config.train).write_bytes(json_lines(BAD))
+    stopped(config)
+    Path(config.train).write_bytes(json_lines([*TEXTS[:39], f"{TEXTS[39]}----{TEXTS[40]}"]))
+    train, validation = sides(prepare(config, quiet))
+    assert sorted(train + validation) == sorted(TEXTS[:41])
+
+
 @pytest.mark.parametrize(("changed", "goes_on"), [("a", False), ("c", True)])
 def test_other_files_than_the_bad_one_may_change(
     config: DataConfig, tmp_path: Path, changed: str, goes_on: bool

@@ -292,9 +292,14 @@ def place_after(source: Source, place: Place) -> Place | None:
         return place
     source.rows.tally = place.tally_before
     trail = Trail(source, replace(place, position=(number, 0), num_documents=0, documents=""))
-    for position, text in islice(source.documents(trail.place.position), place.num_documents):
+    documents = source.documents(trail.place.position)
+    for position, text in islice(documents, place.num_documents):
         trail.add(position, text)
-    return trail.place if trail.place.documents == place.documents else None
+    if trail.place.documents != place.documents:
+        return None
+    # Reading continues after a whole record. With a document separator, the last one may contain further documents now.
+    following, _ = next(documents, (None, ""))
+    return None if following == trail.place.position else trail.place
 
 
 def _as_bytes(part: Any) -> bytes:
