@@ -15,7 +15,9 @@ from sophia_levanter.commands import evaluate
 from sophia_levanter.config.trainer import TASKS, TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
+from sophia_levanter.models import attention
 from sophia_levanter.partition.mesh import partition_of
+from sophia_levanter.training import tasks
 from sophia_levanter.training.callbacks import Monitor, Pause, Saving
 from sophia_levanter.training.tasks import _FORMATS, Item, Scoring, TaskResult, TaskScorer, read_items, read_tasks
 
@@ -143,6 +145,26 @@ def test_last_words(make_model):
     sums = [sum(logs[0]), sum(logs[1]), float(ended)]
     assert found.perplexity == pytest.approx(math.exp(-np.mean(sums)), rel=1e-4)
     assert found.accuracy >= sum(greedy[:2]) / 3 and found.normalized_accuracy is None
+
+
+@pytest.mark.parametrize(("implementation", "length"), [("splash", 128), ("auto", 32)])
+def test_rows_are_as_long_as_the_attention_needs(make_model, monkeypatch, implementation, length):
+    lengths = []
+
+    def attend(q, k, v, starts):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def score(partition, policy, model, inputs, *rest):
+        lengths.append(inputs.resolve_axis("position").size)
+        return score_rows(partition, policy, model, inputs, *rest)
+
+    score_rows = tasks._score_rows
+    monkeypatch.setattr(tasks, "_score_rows", score)
+    monkeypatch.setattr(attention, "_splash", attend)
+    monkeypatch.setattr(attention, "active_platform", lambda: "tpu")
+    scorer = TaskScorer(ByteTokenizer(), partition_of(devices=jax.devices()[:1]), jmp.get_policy("float32"))
+    scorer([Item("He was", (" gone",))], make_model(vocab_size=257, seq_len=256, attention=implementation))
+    assert lengths == [length]
 
 
 def test_the_interval_of_a_share():

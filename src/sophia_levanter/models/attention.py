@@ -19,6 +19,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.partition.mesh import active_partition, active_platform, is_axis_split
 
 ORDER = ("position", "heads", "head_size")
+SPLASH_STEP = 128  # splash takes a multiple of this number of positions
 BLOCK_SIZE, MOST_BLOCKS = 64, 8  # minimum number of queries in a block, maximum number of blocks
 
 
@@ -308,6 +309,6 @@ def _why_not(name: str, required: Requirements) -> str | None:
         if required.documents:
             # JAX's cuDNN attention accepts masks but no segment ids, and a mask becomes a bias as large as the scores.
             return "does not support document masking (data.mask_documents)"
-    elif name == "splash" and required.positions % 128:
-        return f"requires a multiple of 128 positions, not {required.positions}"
+    elif name == "splash" and required.positions % SPLASH_STEP:
+        return f"requires a multiple of {SPLASH_STEP} positions, not {required.positions}"
     return None

@@ -28,6 +28,7 @@ from sophia_levanter.config.trainer import TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import Tokenizer
 from sophia_levanter.errors import InputError
 from sophia_levanter.files import read_regular
+from sophia_levanter.models.attention import SPLASH_STEP
 from sophia_levanter.models.language_model import LanguageModel
 from sophia_levanter.partition.mesh import Partition, by_row_shard
 from sophia_levanter.partition.processes import check_agreement
@@ -35,7 +36,7 @@ from sophia_levanter.training.callbacks import Callback, Monitor, Pause
 
 MOST_BYTES = 1 << 30  # maximum size of a task file, in bytes
 ROWS_PER_DEVICE = 8
-LENGTH_STEP = 32  # rows are padded to a multiple of this length
+LENGTH_STEP = 32  # rows are padded to a multiple of this length, except for splash attention
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,9 @@ class TaskScorer:
         """For each row, yield the log-probability of its continuation, and whether greedy decoding produces it."""
         size = ROWS_PER_DEVICE * self.partition.row_shards
         longest = max(len(row.tokens) for row in rows) - 1
-        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, model.config.seq_len)
+        # Models from plug-ins may have no attention.
+        step = SPLASH_STEP if getattr(model.config, "attention", None) == "splash" else LENGTH_STEP
+        length = min(-(-longest // step) * step, model.config.seq_len)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             inputs, targets = np.zeros((2, size, length), np.int32)
