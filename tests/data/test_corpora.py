@@ -23,18 +23,29 @@ from sophia_levanter.errors import InputError
 from tiny_runs import TEXTS, content, documents, json_lines, quiet, sides
 
 
-def test_a_document_that_is_most_of_the_text_is_warned_of_where_it_is_held_out(tmp_path: Path) -> None:
-    warned, most = [], []
+def test_a_document_that_is_much_of_the_text_is_warned_of_where_it_is_held_out(tmp_path: Path) -> None:
+    warned, held_out = [], []
     for long in range(8):
         texts = [f"text {i} " * (200 if i == long else 1) for i in range(8)]
         (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
-        config = DataConfig(train=str(tmp_path / "a.jsonl"), validation_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+        config = DataConfig(train=str(tmp_path / "a.jsonl"), validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
         said: list[str] = []
         data = prepare(config, said.append)
-        warned.append(any("WARNING: data.train: most of" in line for line in said))
-        most.append(data.validation.num_tokens > data.train.num_tokens)
-    assert warned == most
-    assert {*most} == {True, False}
+        warned.append([line for line in said if "WARNING" in line])
+        held_out.append(data.validation.num_tokens / (data.train.num_tokens + data.validation.num_tokens))
+    for lines, share in zip(warned, held_out, strict=True):
+        assert bool(lines) is (share > 0.4)
+        assert all(f"{share:.1%} of {config.train} is held out for validation instead of 20.0%," in s for s in lines)
+    assert {bool(lines) for lines in warned} == {True, False}
+
+
+def test_three_novels_of_which_one_is_held_out_are_warned_of(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"the novel {name} " * 100)
+    said: list[str] = []
+    prepare(DataConfig(train=f"{tmp_path}/*.txt", cache_dir=str(tmp_path / "cache")), said.append)
+    (warning,) = [line for line in said if "WARNING" in line]
+    assert "33.3% of " in warning and "instead of 5.0%" in warning
 
 
 def test_equal_documents_are_warned_of(tmp_path: Path) -> None:

@@ -179,11 +179,15 @@ class Preparation:
             write_atomically(partial / TALLY_NAME, tally.encode())
         forget_progress(partial)
         self._report(f"{_counts(writers)}{rows.split_at}, prepared in {speed.seconds:.1f} s and saved in {directory}")
-        if self._held_out is not None and self._held_out <= 0.5 and writers[1].num_tokens > writers[0].num_tokens:
-            self._job.report(
-                f"WARNING: {rows.field}: most of {source.name} is held out for validation, because a few documents "
-                "contain most of the text; split them, or set data.validation"
-            )
+        if self._held_out is not None:
+            share = writers[1].num_tokens / sum(writer.num_tokens for writer in writers)
+            # Below 5%, a single document is often several times the fraction.
+            if share > 2 * max(self._held_out, 0.05):
+                self._job.report(
+                    f"WARNING: {rows.field}: {share:.1%} of {source.name} is held out for validation instead of "
+                    f"{self._held_out:.1%}, because a few documents contain much of the text; split them, or set "
+                    "data.validation"
+                )
         return directory
 
     def _begun(self, partial: Path) -> Progress | None:
