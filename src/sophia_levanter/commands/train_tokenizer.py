@@ -65,12 +65,13 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _all_texts(config: DataConfig) -> Iterator[str]:
-    from sophia_levanter.data.documents import NoSplit, Split
+    from sophia_levanter.data.documents import Split
     from sophia_levanter.data.sources import open_source
 
     for part in config.train_parts:
         field = "data.train"
-        split = Split(config.validation_fraction, field=field) if config.validation is None else NoSplit()
+        fraction = config.validation_fraction if config.validation is None else 0.0
+        split = Split(fraction, field=field, settled=fraction == 0)
         source = open_source(part.source, config, field=field, report=print)
         for _, text in source.documents():
             yield from (own for held_out, own in split.push(text) if not held_out)

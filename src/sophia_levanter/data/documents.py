@@ -236,19 +236,6 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), f"a value of type {type(value).__name__}")
 
 
-class NoSplit:
-    """A split that holds out no documents."""
-
-    is_settled = True
-    num_copies = 0
-
-    def push(self, text: str) -> list[Side]:
-        return [(False, text)]
-
-    def finish(self) -> list[Side]:
-        return []
-
-
 class Split:
     """A split that holds out a fraction of the documents, in one pass that buffers at most one document.
 
@@ -257,9 +244,9 @@ class Split:
     to that side moves there. If all documents are identical, only one is kept, and the end of its text is held out.
 
     Args:
-        fraction: the fraction to hold out, in (0, 1).
+        fraction: the fraction to hold out, in [0, 1).
         field: the config field to name in error messages.
-        settled: whether both sides already have documents.
+        settled: whether both sides already have documents, or one may remain empty.
 
     Attributes:
         is_settled: whether both sides have documents, so that no document needs to be buffered.

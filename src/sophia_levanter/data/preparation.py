@@ -17,7 +17,7 @@ from typing import Any
 
 from sophia_levanter.allocation import return_freed_memory
 from sophia_levanter.config.data import DataConfig
-from sophia_levanter.data.documents import NoSplit, Rows, Source, Split, Tally
+from sophia_levanter.data.documents import Rows, Source, Split, Tally
 from sophia_levanter.data.encoding import Texts, Workers, encode_blocks, processes, ray_tasks
 from sophia_levanter.data.sources import DataSource
 from sophia_levanter.data.store_writer import (
@@ -212,12 +212,8 @@ class Preparation:
         The place is None while the split buffers a document. If the source cannot be read any further, the error is
         yielded with the last block.
         """
-        settled = begun is not None
-        split = (
-            NoSplit()
-            if self._held_out is None
-            else Split(self._held_out, field=self.source.rows.field, settled=settled)
-        )
+        settled = begun is not None or self._held_out is None
+        split = Split(self._held_out or 0.0, field=self.source.rows.field, settled=settled)
         trail = Trail(self.source, begun)
         texts: Texts = ([], [])
         size = 0
