@@ -115,10 +115,6 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
 
-    def decode_bytes(self, tokens: Sequence[int] | np.ndarray) -> bytes:
-        ids = self._checked(tokens)
-        return ids[ids < NUM_BYTES].astype(np.uint8).tobytes()
-
 
 class TiktokenTokenizer(Tokenizer):
     """A tokenizer that wraps a tiktoken `Encoding`.
