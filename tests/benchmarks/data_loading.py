@@ -26,8 +26,9 @@ from benchmark_tables import print_table, spread
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import token_store
 from sophia_levanter.data.corpora import prepare
+from sophia_levanter.data.documents import Rows
 from sophia_levanter.data.encoding import EncodedDocuments
-from sophia_levanter.data.sources import open_source
+from sophia_levanter.data.sources import source_named
 from sophia_levanter.data.store_writer import TokenStoreWriter
 from sophia_levanter.data.token_store import TokenStore
 from sophia_levanter.data.tokenizer import load_tokenizer
@@ -41,7 +42,8 @@ Row = list[object]
 def prepare_rows(text: str, work: Path, rounds: int) -> Iterator[Row]:
     """Both ways take turns."""
     config = DataConfig(train=text, validation=text, tokenizer=TOKENIZER, num_workers=2)
-    texts = [document for _, document in open_source(text, config, field="data.train", report=print).documents()]
+    source = source_named(text, "data.train").open(Rows(config, "data.train"), print)
+    texts = [document for _, document in source.documents()]
     megabytes = sum(len(document.encode()) for document in texts) / 1e6
     load_tokenizer(TOKENIZER)  # reports a missing file in one line
     encoding = tiktoken.get_encoding(TOKENIZER)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from reading import json_lines, parquet
+from reading import json_lines, parquet, source_of
 
 from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import file_source
-from sophia_levanter.data.documents import Split
-from sophia_levanter.data.sources import open_source
+from sophia_levanter.data.documents import Rows, Split
+from sophia_levanter.data.sources import source_named
 from sophia_levanter.errors import InputError
 
 END = "<|endoftext|>"
@@ -20,9 +20,8 @@ END = "<|endoftext|>"
 
 def read(name: str | Path, **fields: str) -> tuple[list[str], list[str]]:
     """The documents of a source, and what is said about its text."""
-    source = open_source(
-        str(name), DataConfig(**fields), field="data.train", report=print, special_tokens=[END, "<|pad|>", "", "<s>"]
-    )
+    rows = Rows(DataConfig(**fields), "data.train", [END, "<|pad|>", "", "<s>"])
+    source = source_named(str(name), "data.train").open(rows, print)
     texts = [text for _, text in source.documents()]
     notes = [source.rows.left_out] if source.rows.left_out else []
     notes += source.rows.warnings()
@@ -175,12 +174,12 @@ def test_a_text_file_is_split_piece_by_piece(
     (tmp_path / "a.txt").unlink()
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     config = DataConfig(document_separator=separator)
-    source = open_source(str(tmp_path / "*"), config, field="data.train", report=print)
+    source = source_of(tmp_path / "*", config)
     everything = list(source.documents())
     assert [text for _, text in everything] == expected
     assert source.rows.tally.num_separators == text.count(separator)
     for number, (position, _) in enumerate(everything):
-        rest = open_source(str(tmp_path / "*"), config, field="data.train", report=print)
+        rest = source_of(tmp_path / "*", config)
         assert list(rest.documents(position)) == everything[number + 1 :]
 
 
@@ -198,7 +197,7 @@ def test_records_are_split_too(tmp_path: Path) -> None:
 def test_a_separated_text_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_source, "PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_text(f"{'x' * 90}{END}" * 1000)
-    source = open_source(str(tmp_path / "a.txt"), DataConfig(document_separator=END), field="data.train", report=print)
+    source = source_of(tmp_path / "a.txt", DataConfig(document_separator=END))
     documents = source.documents()
     next(documents)
     assert source.share_read() < 0.2  # the rest of the file is in no memory yet

@@ -14,7 +14,7 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.data import preparation as preparation_module
 from sophia_levanter.data.corpora import prepare
 from sophia_levanter.data.documents import Rows
-from sophia_levanter.data.sources import DatasetSource, DataSource, TextSource, absolute_source, open_source
+from sophia_levanter.data.sources import DatasetSource, DataSource, TextSource, absolute_source, source_named
 from sophia_levanter.errors import InputError
 from tiny_runs import TEXTS, quiet, sides
 
@@ -82,11 +82,11 @@ def test_a_leak_names_the_document(made: DataConfig) -> None:
 def test_texts_are_split_and_replaced_as_those_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Made, "texts", ["a|b", " ", "\ud800"])
     config = DataConfig(document_separator="|", invalid_utf8="replace")
-    source = open_source("made:up", config, field="data.train", report=print)
+    source = source_named("made:up", "data.train").open(Rows(config, "data.train"), print)
     assert list(source.documents()) == [((0, 1), "a"), ((0, 1), "b"), ((0, 3), "\ufffd")]
     assert source.rows.left_out == "skipped rows: 1 empty (first: made:up, document 2)"
     with pytest.raises(InputError, match=r"^data\.train: made:up, document 3 contains a lone surrogate"):
-        list(open_source("made:up", DataConfig(), field="data.train", report=print).documents())
+        list(source_named("made:up", "data.train").open(Rows(DataConfig(), "data.train"), print).documents())
 
 
 def changing() -> Iterator[str]:
@@ -155,7 +155,7 @@ def test_a_token_file_has_no_text(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"^data\.train: nanogpt:a\.bin contains tokens, not text; specify the original"
     ):
-        open_source("nanogpt:a.bin", DataConfig(), field="data.train", report=print)
+        source_named("nanogpt:a.bin", "data.train").open(Rows(DataConfig(), "data.train"), print)
 
 
 ROWS = [f"text {i}" for i in range(50)]

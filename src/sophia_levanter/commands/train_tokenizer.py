@@ -65,14 +65,14 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _all_texts(config: DataConfig) -> Iterator[str]:
-    from sophia_levanter.data.documents import Split
-    from sophia_levanter.data.sources import open_source
+    from sophia_levanter.data.documents import Rows, Split
+    from sophia_levanter.data.sources import source_named
 
     for part in config.train_parts:
         field = "data.train"
         fraction = config.validation_fraction if config.validation is None else 0.0
         split = Split(fraction, field=field, settled=fraction == 0)
-        source = open_source(part.source, config, field=field, report=print)
+        source = source_named(part.source, field).open(Rows(config, field), print)
         for _, text in source.documents():
             yield from (own for held_out, own in split.push(text) if not held_out)
         yield from (own for held_out, own in split.finish() if not held_out)

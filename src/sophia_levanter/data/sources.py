@@ -8,7 +8,7 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl
 
 from draccus import ChoiceRegistry
 
-from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.settings import check_subclass
 from sophia_levanter.data.documents import START, Position, Rows, Source, kind_of
 from sophia_levanter.data.file_source import FileSource
@@ -372,13 +371,6 @@ def source_named(name: str, field: str) -> DataSource:
     kind = known.get(scheme, Files) if colon else Files
     check_subclass(kind, DataSource, field)
     return kind(name, field)
-
-
-def open_source(
-    name: str, config: DataConfig, *, field: str, report: Report, special_tokens: Collection[str] = ()
-) -> Source:
-    """Open the documents of a named source; see `source_named` and `DataSource.open`."""
-    return source_named(name, field).open(Rows(config, field, special_tokens), report)
 
 
 def absolute_source(name: str, field: str) -> str:
