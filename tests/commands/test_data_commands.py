@@ -36,6 +36,18 @@ def store_of(tmp_path: Path) -> str:
     return str(folder)
 
 
+def test_a_part_of_a_mixture_that_is_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in (("long", "a" * 100), ("short", "b" * 31)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "data.yaml").write_text(
+        f"data:\n  train: [{{source: {tmp_path}/long.txt}}, {{source: {tmp_path}/short.txt}}]\n"
+        f"  validation: {tmp_path}/long.txt\n  cache_dir: {tmp_path}/cache\nmodel:\n  seq_len: 32\n"
+    )
+    assert prepare_data.main(["--config", str(tmp_path / "data.yaml")]) == 2
+    error = "error: part 1 of data.train has 32 tokens, but one sequence requires 33 (model.seq_len + 1)"
+    assert capsys.readouterr().err.startswith(error)
+
+
 def test_prepare_and_inspect(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from types import FrameType
 
 from sophia_levanter.config.arguments import parse_arguments
 from sophia_levanter.config.command_line import load_config
-from sophia_levanter.errors import InputError, one_line
+from sophia_levanter.errors import one_line
 from sophia_levanter.run.directory import with_absolute_paths
 from sophia_levanter.status import DONE, PREEMPTED, run_command
 
@@ -44,17 +44,14 @@ def _prepare(words: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     # Import slow modules after the checks, so that mistakes are reported immediately.
+    from sophia_levanter.data.batches import sequence_counts
     from sophia_levanter.data.corpora import prepare
 
     data = prepare(config.data, lambda line: print(one_line(line), flush=True), ray=ray)
     sets = {f"validation {name}".rstrip(): corpus for name, corpus in data.validation_sets.items()}
     for name, corpus in {"training": data.train, **sets}.items():
         print(f"{corpus.num_tokens:,} {name} tokens ({data.tokenizer.name})")
-    if data.train.num_tokens < config.model.seq_len + 1:
-        raise InputError(
-            f"data.train has {data.train.num_tokens} tokens, but one sequence requires {config.model.seq_len + 1} "
-            "(model.seq_len + 1); provide more text or reduce model.seq_len"
-        )
+    sequence_counts(data.train, config.model.seq_len)
     return DONE
 
 

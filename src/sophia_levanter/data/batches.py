@@ -98,6 +98,23 @@ def parts_of(corpus: Tokens) -> list[Part]:
     return corpus.parts if isinstance(corpus, Mixture) else [Part(0, corpus.num_tokens, 1.0)]
 
 
+def sequence_counts(corpus: Tokens, seq_len: int) -> list[int]:
+    """Return the number of training sequences in each part of a corpus.
+
+    Raises:
+        InputError: if the corpus, or a part of the mixture, is shorter than one sequence.
+    """
+    parts = parts_of(corpus)
+    for number, part in enumerate(parts):
+        if part.num_tokens <= seq_len:
+            one = "data.train" if len(parts) == 1 else f"part {number} of data.train"
+            raise InputError(
+                f"{one} has {part.num_tokens} tokens, but one sequence requires {seq_len + 1} "
+                "(model.seq_len + 1); provide more text or reduce model.seq_len"
+            )
+    return [(part.num_tokens - 1) // seq_len for part in parts]
+
+
 class TrainBatches:
     """Training batches: `batches[step]` is a pure function of the data, the seed and the step.
 
@@ -123,15 +140,7 @@ class TrainBatches:
     def __init__(
         self, corpus: Tokens, *, seq_len: int, batch_size: int, seed: int, changes: Sequence[tuple[int, int]] = ()
     ) -> None:
-        parts = parts_of(corpus)
-        counts = [(part.num_tokens - 1) // seq_len for part in parts]
-        for part, count in zip(parts, counts, strict=True):
-            if count < 1:
-                one = "data.train" if len(parts) == 1 else f"part {parts.index(part)} of data.train"
-                raise InputError(
-                    f"{one} has {part.num_tokens} tokens, but one sequence requires {seq_len + 1} "
-                    "(model.seq_len + 1); provide more text or reduce model.seq_len"
-                )
+        parts, counts = parts_of(corpus), sequence_counts(corpus, seq_len)
         import grain  # takes seconds to import, and preparing text does not need it
 
         self.num_sequences = sum(counts)
