@@ -10,6 +10,7 @@ import pytest
 
 from sophia_levanter.batch import batch_from_sequences
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.optim import AdamW
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.training import loop as loop_module
@@ -107,12 +108,58 @@ def test_a_refresh_that_came_to_nothing_is_tried_again_at_the_next_step():
         output = StepOutput({"train/loss": jnp.float32(1)}, np.bool_(pending), np.int32(0))
         return SimpleNamespace(step=state.step + 1), output
 
-    loop = loop_of(loader=SimpleNamespace(load_all=lambda first, stop: iter(range(first, stop))))
+    loop = loop_of(loader=counting_loader())
     steps = CompiledSteps(
         2, SimpleNamespace(refresh_due=lambda step: step in (1, 6)), partial(step, False), partial(step, True)
     )
     loop._steps(SimpleNamespace(step=0, refresh_pending=False), steps, SimpleNamespace(signal=None))
     assert np.flatnonzero(refreshes).tolist() == [1, 2, 3, 6] and len(refreshes) == STEPS
+
+
+def run_steps(loop, stop):
+    """Run the loop with a step that only counts."""
+
+    def step(batch, state):
+        output = StepOutput({"train/loss": jnp.float32(1)}, np.bool_(False), np.int32(0))
+        return SimpleNamespace(step=state.step + 1), output
+
+    steps = CompiledSteps(2, SimpleNamespace(refresh_due=lambda step: False), step, step)
+    loop._steps(SimpleNamespace(step=0, refresh_pending=False), steps, stop)
+
+
+def counting_loader():
+    return SimpleNamespace(load_all=lambda first, stop: iter(range(first, stop)))
+
+
+class Failing(Callback):
+    def is_due(self, done):
+        return done == 3
+
+    def on_pause(self, pause):
+        raise InputError("failed")
+
+
+def damaged(first, stop):
+    yield from range(3)
+    raise InputError("failed")
+
+
+@pytest.mark.parametrize(("num_processes", "saved"), [(1, [3]), (2, [])])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"loader": SimpleNamespace(load_all=damaged)},
+        {"loader": counting_loader(), "callbacks": [Failing(None)]},
+    ],
+    ids=["corpus", "callback"],
+)
+def test_one_process_alone_does_not_start_a_save_of_all(parts, num_processes, saved, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    monkeypatch.setattr(loop_module, "all_stop", lambda step, signalled: False)
+    loop = loop_of(**parts)
+    with pytest.raises(InputError, match="failed"):
+        run_steps(loop, SimpleNamespace(signal=None))
+    assert [call.args[0].done for call in loop.saving.save.call_args_list] == saved
 
 
 def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):

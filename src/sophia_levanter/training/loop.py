@@ -170,7 +170,7 @@ class Loop:
                 try:
                     batch = self._next(batches, output)
                 except InputError:  # a later part of the corpus is damaged
-                    self.saving.save(self._pause(step, state, stopping))
+                    self._save_if_alone(self._pause(step, state, stopping))
                     raise
             due = [callback for callback in self.callbacks if callback.is_due(step)]
             if refresh or due:
@@ -180,7 +180,7 @@ class Loop:
                     for callback in due:
                         callback.on_pause(pause)
                 except InputError:  # the validation text is damaged, or a registered callback failed
-                    self.saving.save(pause)
+                    self._save_if_alone(pause)
                     raise
                 self._last_time = time.perf_counter()
             self._read(most_running=1)
@@ -192,6 +192,11 @@ class Loop:
         """Read the results of all steps and pause the run."""
         self._read(most_running=0)
         return Pause(done, state, stopping)
+
+    def _save_if_alone(self, pause: Pause) -> None:
+        """Save before an error ends the run. Other processes may not have failed, and would not take part in a save."""
+        if jax.process_count() == 1:
+            self.saving.save(pause)
 
     def _compile(self, state: TrainState, step: int) -> CompiledSteps:
         """Compile the steps for the batch size that applies from `step` onward."""
