@@ -162,6 +162,23 @@ def test_one_process_alone_does_not_start_a_save_of_all(parts, num_processes, sa
     assert [call.args[0].done for call in loop.saving.save.call_args_list] == saved
 
 
+class Evaluating(Callback):
+    def is_due(self, done):
+        return done == 3
+
+    def on_pause(self, pause):
+        pause.evaluated = True
+
+
+@pytest.mark.parametrize(("stop_at", "evaluated"), [(0, False), (2, False), (3, True), (4, False)])
+def test_a_stop_right_after_an_evaluation_saves_its_losses(stop_at, evaluated, monkeypatch):
+    monkeypatch.setattr(loop_module, "all_stop", lambda step, signalled: step == stop_at)
+    loop = loop_of(loader=counting_loader(), callbacks=[Evaluating(None)])
+    run_steps(loop, SimpleNamespace(signal=None))
+    (pause,) = (call.args[0] for call in loop.saving.save.call_args_list)
+    assert (pause.done, pause.state.step, pause.evaluated, pause.stopping()) == (stop_at, stop_at, evaluated, True)
+
+
 def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):
     traced = []
 

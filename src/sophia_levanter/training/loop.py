@@ -155,7 +155,9 @@ class Loop:
             # Multiple processes must save together, so they act on a signal only when all of them stop.
             return jax.process_count() == 1 and stop.signal is not None
 
+        pause: Pause | None = None
         while step < total and not all_stop(step, stop.signal is not None):
+            pause = None
             if self.config.at_step(step).batch_size != compiled.batch_size:
                 compiled = self._compile(state, step)
             for callback in self.callbacks:
@@ -185,7 +187,9 @@ class Loop:
                 self._last_time = time.perf_counter()
             self._read(most_running=1)
         if self.saving.checkpoints.saved_step != step:
-            self.saving.save(self._pause(step, state, lambda: True))
+            # A pause after this step has recorded whether the state was evaluated.
+            pause = pause or self._pause(step, state, stopping)
+            self.saving.save(replace(pause, stopping=lambda: True))
         return state
 
     def _pause(self, done: int, state: TrainState, stopping: Callable[[], bool]) -> Pause:
