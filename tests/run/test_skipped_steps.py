@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -10,6 +11,8 @@ import pytest
 
 from sophia_levanter import checkpoint
 from sophia_levanter.main import main
+from sophia_levanter.partition.processes import Processes
+from sophia_levanter.run import resuming
 from sophia_levanter.status import VARIABLE, Failure, read_status
 from sophia_levanter.training.loop import BatchLoader
 from tiny_runs import metrics
@@ -155,3 +158,35 @@ def test_a_checkpoint_to_go_back_to_is_not_pushed_out(config_file, tmp_path, pla
     for step in (7, 8):
         assert f"rolling back to step {step} and skipping the 48 sequences used since then" in out
     assert int(state_of(tmp_path / "run")["skipped_windows"]) == 96
+
+
+def test_all_processes_go_back_where_the_first_one_finds_a_checkpoint(tmp_path, monkeypatch):
+    """The listing on another host may be stale: the process would give up while the others wait for it."""
+    said: list[tuple[str, str]] = []
+    removed: list[int] = []
+
+    class Talking(Processes):
+        def broadcast(self, name, text, timeout):
+            if self.is_first:
+                said.append((name, text))
+            return said[-1][1]
+
+    def roll_back(index, listing):
+        monkeypatch.setattr(checkpoint, "steps", lambda directory: listing)
+        run = SimpleNamespace(
+            directory=SimpleNamespace(checkpoints=tmp_path),
+            processes=Talking(index, 2),
+            console=SimpleNamespace(line=lambda line: None),
+            batches=SimpleNamespace(sequences_between=lambda step, later: 16 * (later - step)),
+            partition=SimpleNamespace(place=lambda array: array),
+        )
+        return resuming.restore_before(run, range(6, 9), 0).tree.skipped_windows
+
+    restored = checkpoint.Restored(SimpleNamespace(skipped_windows=np.int32(0)), 4, {}, "id")
+    monkeypatch.setattr(resuming, "restore", lambda run: restored)
+    monkeypatch.setattr(resuming.eqx, "tree_at", lambda where, tree, new: SimpleNamespace(skipped_windows=new))
+    monkeypatch.setattr(checkpoint, "remove", lambda directory, step: removed.append(step))
+    assert roll_back(0, [4, 8]) == roll_back(1, [8]) == 80
+    assert removed == [8]
+    roll_back(0, [4, 8])
+    assert len({name for name, _ in said}) == len(said) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 # Leaves missing from older checkpoints, with their initial values. The next refresh corrects `steps_since_refresh`.
 ADDED_LEAVES = {"optimizer_state.steps_since_refresh": 0}
+
+# All processes roll back together, so they agree on the number of each rollback.
+_rollbacks = itertools.count()
 
 
 def find_checkpoints(directory: RunDirectory, processes: Processes, console: Console) -> bool:
@@ -227,9 +231,10 @@ def restore_before(run: Run, wrong: range, skipped_windows: int) -> Restored[Tra
         CheckpointError: if no earlier checkpoint is intact.
     """
     directory = run.directory.checkpoints
-    saved = checkpoint.steps(directory)
+    # The first process decides for all processes, because a listing of a shared disk may be stale on other hosts.
+    listed = " ".join(map(str, checkpoint.steps(directory)))
+    saved = list(map(int, run.processes.broadcast(f"rollback/{next(_rollbacks)}", listed, PATIENCE).split()))
     later = [step for step in saved if step > wrong.start]
-    wait_for_all("all have looked")
     if len(later) == len(saved):
         run.console.line("cannot roll back: no checkpoint was saved before the skipped steps")
         return None
