@@ -22,6 +22,7 @@ from trees import bits, blank, make_state, silent
 
 from fake_gcs import FakeGcs, serving
 from sophia_levanter.checkpoint import CheckpointError, Retention, damage, remove_leftovers, restore, save, steps
+from sophia_levanter.checkpoint.storage import BucketStorage
 from sophia_levanter.errors import InputError
 from sophia_levanter.kvstore import kvstore_spec
 
@@ -173,6 +174,41 @@ def test_a_damaged_step_is_passed_over_and_can_be_saved_again(bucket: Bucket) ->
     assert not [name for name in bucket.names() if lost.split("/")[3] in name], "the damaged one's arrays are gone"
     remove_leftovers(bucket.url)
     assert damage(bucket.url, 2) == []
+
+
+def test_old_arrays_that_cannot_be_deleted_do_not_undo_a_commit(
+    google: Google, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(google, 1)
+    lost = next(name for name in google.names() if "/arrays-" in name)
+    google.delete(lost)
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketStorage, "_delete_all", refuse)
+        put(google, 1)
+    assert damage(google.url, 1) == []
+    remove_leftovers(google.url)
+    assert not [name for name in google.names() if lost.split("/")[3] in name]
+
+
+def test_a_commit_whose_answer_is_lost_keeps_its_arrays(google: Google, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = BucketStorage.commit
+
+    def commit_and_fail(*arguments: Any) -> None:
+        commit(*arguments)
+        refuse()
+
+    monkeypatch.setattr(BucketStorage, "commit", commit_and_fail)
+    with pytest.raises(CheckpointError, match="step-00000001 could not be written: no answer"):
+        put(google, 1)
+    assert damage(google.url, 1) == []
+    monkeypatch.setattr(BucketStorage, "commit", refuse)
+    with pytest.raises(CheckpointError):
+        put(google, 2)
+    assert steps(google.url) == [1] and not [name for name in google.names() if "step-00000002" in name]
+
+
+def refuse(*arguments: Any) -> None:
+    raise CheckpointError("no answer")
 
 
 def test_a_folder_copied_from_a_bucket_is_a_checkpoint(google: Google, tmp_path: Path) -> None:

@@ -255,7 +255,8 @@ class BucketStorage:
         there = self._do(self._store.read(key))
         if there.state == "missing" or stage.replaces:
             if self._do(self._store.write(key, manifest, if_equal=there.stamp.generation)).generation:
-                self._remove_other_arrays(stage)
+                with contextlib.suppress(CheckpointError):  # the step is committed; the others are leftovers
+                    self._remove_other_arrays(stage)
                 return
             there = self._do(self._store.read(key))
         if there.value != manifest:  # identical if our write succeeded but its response was lost
@@ -263,7 +264,9 @@ class BucketStorage:
 
     def discard(self, stage: Stage) -> None:
         with contextlib.suppress(CheckpointError):  # any remaining files are leftovers
-            self._delete_all(f"{stage.folder}/{stage.arrays}/")
+            # The manifest may have been written even if the request failed.
+            if stage.arrays.encode() not in self._do(self._store.read(f"{stage.folder}/{FILE_NAME}")).value:
+                self._delete_all(f"{stage.folder}/{stage.arrays}/")
 
     def remove(self, step: int) -> None:
         self._do(self._store.write(f"{step_name(step)}/{FILE_NAME}", None))
