@@ -154,7 +154,8 @@ def test_a_state_is_saved_before_a_callback_ends_the_run(call, method, registere
 def test_a_slow_callback_is_not_taken_for_a_stuck_step():
     watchdog = MagicMock()
     callback = RegisteredCallback("own", Callback(TrainConfig()), Monitor(MagicMock(), MagicMock(), watchdog))
-    for method, arguments in (("before_step", [0]), ("on_pause", [None]), ("on_evaluation", [None, None])):
+    calls = [("before_step", [0]), ("on_pause", [None]), ("on_evaluation", [None, None]), ("on_end", [])]
+    for method, arguments in calls:
         watchdog.reset_mock()
         getattr(callback, method)(*arguments)
         watchdog.pause.assert_called_once_with()

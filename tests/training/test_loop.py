@@ -179,6 +179,26 @@ def test_a_stop_right_after_an_evaluation_saves_its_losses(stop_at, evaluated, m
     assert (pause.done, pause.state.step, pause.evaluated, pause.stopping()) == (stop_at, stop_at, evaluated, True)
 
 
+def test_all_callbacks_end_even_if_one_of_them_fails(monkeypatch):
+    ended = []
+
+    class Ending(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_end(self):
+            ended.append(self.name)
+            if self.name == "full":
+                raise OSError("No space left on device")
+
+    loop = loop_of(callbacks=[Ending("first"), Ending("full"), Ending("last")])
+    monkeypatch.setattr(Loop, "_compile", lambda self, state, step: None)
+    monkeypatch.setattr(Loop, "_steps", lambda self, state, compiled, stop: state)
+    with pytest.raises(OSError, match="No space left"):
+        loop.run(SimpleNamespace(step=0), SimpleNamespace(signal=None))
+    assert ended == ["first", "full", "last"]
+
+
 def test_steps_are_compiled_once_for_runs_with_the_same_settings(make_model):
     traced = []
 

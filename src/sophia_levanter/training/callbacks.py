@@ -150,6 +150,7 @@ class RegisteredCallback(Callback):
         return {key: float(value) for key, value in numbers.items()}
 
     def on_end(self) -> None:
+        self._monitor.watchdog.pause()
         try:
             self._call("on_end")
         except InputError as error:  # the run has ended, and its result is still valid

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -142,8 +143,9 @@ class Loop:
             finally:
                 self._clock.shutdown(wait=False)
                 self.seconds = time.perf_counter() - started
-                for callback in self.callbacks:
-                    callback.on_end()
+                with ExitStack() as ends:  # calls `on_end` of all callbacks, even if one of them raises an error
+                    for callback in reversed(self.callbacks):
+                        ends.callback(callback.on_end)
 
     def _steps(self, state: TrainState, compiled: CompiledSteps, stop: StopRequest) -> TrainState:
         step, total = int(state.step), self.config.num_train_steps
