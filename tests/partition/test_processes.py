@@ -1,5 +1,6 @@
 """Runs of several real processes, which find each other by `jax.distributed` and talk through gloo."""
 
+import itertools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.errors import InputError
+from sophia_levanter.partition import processes as processes_module
+from sophia_levanter.partition.processes import Processes
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -231,6 +234,41 @@ def test_a_process_that_is_left_alone_says_so(config_file, tmp_path):
     wanted = "error: mesh.coordinator localhost:1: the 2 processes did not all connect within 3 s (mesh.start_"
     assert error.startswith(wanted) and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+class Service:
+    """Keeps messages as jax's coordination service does: no name may be used twice."""
+
+    def __init__(self):
+        self.messages = {}
+
+    def key_value_set(self, key, value):
+        assert key not in self.messages, key
+        self.messages[key] = value
+
+    def blocking_key_value_get(self, key, timeout):
+        return self.messages[key]
+
+    def key_value_delete(self, prefix):
+        self.messages = {key: value for key, value in self.messages.items() if not key.startswith(prefix)}
+
+
+def test_messages_of_a_second_run_of_the_same_processes_are_its_own(monkeypatch):
+    service = Service()
+    monkeypatch.setattr(processes_module, "_client", lambda: service)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    runs = []
+    for index in range(2):
+        monkeypatch.setattr(processes_module, "_runs", itertools.count(), raising=False)
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        runs.append([Processes.of_this_run() for _ in range(2)])
+    for number in range(2):
+        first, second = runs[0][number], runs[1][number]
+        assert first.broadcast("saved", str(number), 1) == second.broadcast("saved", None, 1) == str(number)
+        second.gather("written/all", "theirs", 1)
+        assert first.gather("written/all", "mine", 1) == ["mine", "theirs"]
+    runs[0][0].forget("written/all")
+    assert len(service.messages) == 3
 
 
 @pytest.mark.parametrize(

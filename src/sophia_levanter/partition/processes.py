@@ -7,11 +7,12 @@ devices do not delay messages.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Timer
 from typing import Any
 
@@ -103,16 +104,6 @@ def all_devices() -> list[jax.Device]:
         raise InputError(f"JAX found no devices: {_first_line(error)}") from error
 
 
-def is_first_process() -> bool:
-    """Return whether this is the process that writes files and prints output.
-
-    Raises:
-        InputError: if jax cannot start the selected platform.
-    """
-    all_devices()
-    return jax.process_index() == 0
-
-
 def check_agreement(what: str, text: str) -> None:
     """Raise an InputError that names `what` on every process if `text` differs between processes.
 
@@ -147,21 +138,28 @@ class NoAnswer(Exception):
     """Raised if a process does not answer in time. The message is one line that names the process by its index."""
 
 
+# The same processes may train several times, and the service keeps the messages of earlier runs.
+_runs = itertools.count()
+
+
 @dataclass(frozen=True)
 class Processes:
-    """The processes in a run. Each message has a unique name, which is the same on all processes.
+    """The processes in a run. Each message in a run has a unique name, which is the same on all processes.
 
     Attributes:
         index: the index of this process, from 0.
         count: the number of processes.
+        run: the number of the run, which keeps its messages apart from those of other runs.
     """
 
     index: int = 0
     count: int = 1
+    run: int = field(default=0, kw_only=True)
 
     @staticmethod
     def of_this_run() -> Processes:
-        return Processes(jax.process_index(), jax.process_count())
+        """Return the processes of a new run. All processes must call this function equally often."""
+        return Processes(jax.process_index(), jax.process_count(), run=next(_runs))
 
     @property
     def is_first(self) -> bool:
@@ -210,15 +208,18 @@ class Processes:
     def forget(self, name: str) -> None:
         """Delete all messages under a name, on the first process only. All processes must have read the messages."""
         if self.is_first and self.count > 1:
-            _client().key_value_delete(f"sophia_levanter/{name}/")
+            _client().key_value_delete(f"{self._key(name)}/")
+
+    def _key(self, name: str) -> str:
+        return f"sophia_levanter/{self.run}/{name}"
 
     def _send(self, name: str, text: str) -> None:
         # The service rejects empty strings.
-        _client().key_value_set(f"sophia_levanter/{name}", f"={text}")
+        _client().key_value_set(self._key(name), f"={text}")
 
     def _receive(self, name: str, process: int, timeout: float) -> str:
         try:
-            return _client().blocking_key_value_get(f"sophia_levanter/{name}", int(timeout * 1000))[1:]
+            return _client().blocking_key_value_get(self._key(name), int(timeout * 1000))[1:]
         except Exception as error:  # jaxlib raises several kinds of errors
             what = "DEADLINE_EXCEEDED" in str(error) and f"did not respond within {timeout:.0f} s"
             raise NoAnswer(f"process {process} {what or f'is unreachable: {str(error).splitlines()[0]}'}") from error

@@ -29,8 +29,8 @@ from sophia_levanter.models.language_model import LanguageModel, abstract_model
 from sophia_levanter.partition.mesh import partition_of
 from sophia_levanter.partition.processes import (
     Processes,
+    all_devices,
     check_agreement,
-    is_first_process,
     start_processes,
     wait_for_all,
 )
@@ -94,7 +94,8 @@ def train(config: TrainConfig, directory: RunDirectory, *, quiet: bool = False) 
         CheckpointError: if all of the run's checkpoints are damaged.
     """
     start_processes(config.mesh)
-    console = Console(config.trainer.log_interval, quiet=quiet, silent=not is_first_process())
+    all_devices()  # raises an error that users understand if jax cannot start
+    console = Console(config.trainer.log_interval, quiet=quiet, silent=jax.process_index() != 0)
     check_agreement("the configuration", shared_config(config))
     enable_compilation_cache(Path(config.data.cache_dir).expanduser().absolute() / "compiled", jax.default_backend())
     run = Run(config, directory, console)
