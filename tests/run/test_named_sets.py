@@ -87,14 +87,16 @@ def test_its_best_checkpoint_is_by_the_set_that_is_named(run):
     config = load_config(run.path / "config.yaml")
     restored = SimpleNamespace(metadata=last)
 
-    def best_of(validation, **trainer):
+    def best_of(validation, restored=restored, name="best", **trainer):
         changed = replace(config, trainer=replace(config.trainer, **trainer))
-        return best_so_far(SimpleNamespace(config=changed, provenance={"validation": validation}), restored)
+        return best_so_far(SimpleNamespace(config=changed, provenance={"validation": validation}), restored, name)
 
     now = last["validation"]
     assert best_of(now) == last["best"]
     assert best_of(now, best_by="books") is None and best_of(now, best_by=None) is None
     assert best_of(now | {"sets": now["sets"] * 2}) is None
+    older = SimpleNamespace(metadata={name: last[name] for name in last if name != "best_evaluation"})
+    assert best_of(now, older, "best_evaluation") == last["best"]
 
 
 def test_evaluate_and_reports_read_them(run, capfd):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sophia_levanter import checkpoint
+from sophia_levanter import checkpoint, train
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.build import encode
@@ -174,6 +174,20 @@ def test_other_validation_windows_have_a_best_of_their_own(windows, best, finish
     found = checkpoint.read_step(run_dir / "checkpoints", 12).metadata
     assert found["metrics"]["validation/loss"] == 99
     assert found["best"]["step"] == best
+
+
+def test_a_best_evaluation_that_was_not_saved_outlasts_a_stop(config_file, tmp_path, monkeypatch, stop_after):
+    run_dir = tmp_path / "run"
+    losses = iter([5.0, 3.0, *[4.0] * 4])
+    monkeypatch.setattr(Evaluator, "__call__", lambda *arguments: Evaluation(next(losses), 1.0, 1, 1))
+    command = ["--config", str(config_file), "--optimizer.type", "adamw", "--trainer.evaluate_every", "2"]
+    stop_after(6)
+    assert main([*command, "--trainer.run_dir", str(run_dir)]) == 130
+    for _ in range(2):  # the second time, the run has nothing left to do
+        result = train(resume=run_dir, quiet=True)
+        assert (result.step, result.best_step, result.best_validation_loss) == (12, 4, 3.0)
+    found = checkpoint.read_step(run_dir / "checkpoints", 12).metadata
+    assert (found["best"]["step"], found["best_evaluation"]["step"]) == (6, 4)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_loudly(finished_run, tmp_path, capfd):

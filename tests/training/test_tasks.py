@@ -247,7 +247,7 @@ def test_tasks_are_scored_at_their_own_cadence_and_at_the_end():
 def test_scores_are_saved_with_the_state_that_has_them(scored):
     monitor, checkpoints = Monitor(MagicMock(), MagicMock(), MagicMock()), MagicMock()
     monitor.trackers.last = {"train/loss": 3.0, "tasks/a/accuracy": 0.5}
-    saving = Saving(TrainerConfig(), monitor, checkpoints, MagicMock(), MagicMock())
+    saving = Saving(TrainerConfig(), monitor, checkpoints, MagicMock(), MagicMock(), MagicMock())
     saving.save(Pause(7, MagicMock(), lambda: False, scored=scored))
     (step, _, numbers), _ = checkpoints.save.call_args
     assert step == 7 and set(numbers) == {"train/loss", *(["tasks/a/accuracy"] if scored else [])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import equinox as eqx
 import jax
@@ -192,14 +192,19 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
     console.notice(f"WARNING: {directory.checkpoints} contains no checkpoint; the run starts again from step 0")
 
 
-def best_so_far(run: Run, restored: Restored[TrainState]) -> dict[str, Any] | None:
-    """Return the step and loss of the best checkpoint, or None if later losses are not comparable with that loss."""
+def best_so_far(
+    run: Run, restored: Restored[TrainState], name: Literal["best", "best_evaluation"]
+) -> dict[str, Any] | None:
+    """Return the step and loss of the best saved or best evaluated state, or None if later losses are not comparable.
+
+    Older checkpoints contain only the best saved one.
+    """
     saved_config: Any = restored.metadata["config"]
     sequences = saved_config.get("trainer", {}).get("evaluation_windows")
     masked = saved_config.get("data", {}).get("mask_documents", False)
     same_sequences = sequences == run.config.trainer.evaluation_windows and masked == run.config.data.mask_documents
     same_text = _is_same_text(restored.metadata["validation"], run.provenance["validation"])
-    best: Any = restored.metadata.get("best")
+    best: Any = restored.metadata.get(name, restored.metadata.get("best"))
     is_sound = isinstance(best, dict) and isinstance(best.get("step"), int)
     is_sound = is_sound and isinstance(best.get(run.config.trainer.best_metric), float)
     return best if is_sound and same_sequences and same_text else None

@@ -293,7 +293,7 @@ class Run:
             self.console.notice(f"all {step} steps are done; increase --trainer.num_train_steps to extend the run")
             metrics: Any = self.restored.metadata["metrics"]
             saved = f"{self.directory.checkpoints}/{step_name(self.restored.step)}"
-            return self._result(step, metrics, best_so_far(self, self.restored), saved)
+            return self._result(step, metrics, best_so_far(self, self.restored, "best_evaluation"), saved)
         stopped_by = None
         try:
             if step < total:
@@ -354,7 +354,10 @@ class Run:
         """Build a training loop that starts from the given state."""
         trainer = self.config.trainer
         step = int(state.step)
-        best = None if self.restored is None else best_so_far(self, self.restored)
+        best, best_evaluation = (
+            None if self.restored is None else best_so_far(self, self.restored, name)
+            for name in ("best", "best_evaluation")
+        )
         flops = abstract_model(self.config.model, self.data.tokenizer.vocab_size).flops_per_token
         lines = JsonLines(self.directory.metrics_file, first_step=step) if self.processes.is_first else None
         monitor = Monitor(Trackers(lines, self._trackers), self.console, Watchdog(trainer.step_timeout))
@@ -368,11 +371,11 @@ class Run:
             saved_step=None if self.restored is None else self.restored.step,
         )
         timer = CheckpointTimer(trainer.checkpoint_minutes, self.processes)
-        saving = Saving(trainer, monitor, checkpoints, self.verification, timer)
         lengths, policy, end = token_byte_lengths(self.data.tokenizer), self.settings.policy, self.data.document_end
         evaluators = {n: Evaluator(own, lengths, self.partition, policy, end) for n, own in self.validation.items()}
         registered = [RegisteredCallback(name, callback, monitor) for name, callback in self.callbacks.items()]
-        evaluating = Evaluating(trainer, monitor, partial(evaluate_sets, evaluators), registered, best)
+        evaluating = Evaluating(trainer, monitor, partial(evaluate_sets, evaluators), registered, best_evaluation)
+        saving = Saving(trainer, monitor, checkpoints, self.verification, timer, evaluating)
         scoring = Scoring(trainer, monitor, TaskScorer(self.data.tokenizer, self.partition, policy), self.tasks)
         logging = [Logging(monitor), SkippedSteps(trainer, monitor)]
         profiling = Profiling(trainer.profiled_steps, self.directory.profile, self.console)

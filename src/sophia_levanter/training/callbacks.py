@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sophia_levanter.checkpoint import CheckpointError
+from sophia_levanter.checkpoint import JSON, CheckpointError
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
@@ -224,6 +224,7 @@ class Saving(Callback):
         checkpoints: saves the states.
         verification: checks the training text. A save waits for this check unless the run is stopping.
         timer: determines when the next save is due.
+        evaluating: keeps track of the best evaluation, which need not be that of a saved state.
     """
 
     config: TrainerConfig
@@ -231,6 +232,7 @@ class Saving(Callback):
     checkpoints: RunCheckpoints
     verification: Verification
     timer: CheckpointTimer
+    evaluating: Evaluating
 
     def before_step(self, step: int) -> None:
         self.checkpoints.check()
@@ -255,7 +257,8 @@ class Saving(Callback):
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}
-        self.checkpoints.save(pause.done, pause.state, numbers, evaluated=pause.evaluated, verified=verified)
+        facts: dict[str, JSON] = {"verified": verified, "best_evaluation": self.evaluating.best}
+        self.checkpoints.save(pause.done, pause.state, numbers, evaluated=pause.evaluated, facts=facts)
         self.timer.restart()
 
     def finish_after(self, error: Exception) -> None:

@@ -113,7 +113,13 @@ class RunCheckpoints:
         self._saver = Saver(directory, run_id=run_id, processes=processes, on_failure=on_failure)
 
     def save(
-        self, step: int, state: TrainState, numbers: Mapping[str, float], *, evaluated: bool, verified: bool = True
+        self,
+        step: int,
+        state: TrainState,
+        numbers: Mapping[str, float],
+        *,
+        evaluated: bool,
+        facts: Mapping[str, JSON],
     ) -> None:
         """Start saving a state. Its buffers may be donated once this method returns.
 
@@ -122,7 +128,7 @@ class RunCheckpoints:
             state: the state after those steps.
             numbers: the latest metrics, keyed by name.
             evaluated: whether the validation loss in `numbers` was measured on this state.
-            verified: whether the training text has been verified.
+            facts: further metadata to save.
 
         Raises:
             CheckpointError: if the previous save failed.
@@ -139,7 +145,7 @@ class RunCheckpoints:
             every=self._trainer.keep_every,
             best=self._best["step"] if self._best and self._trainer.keep_best else None,
         )
-        metadata: dict[str, JSON] = {**self._metadata, "metrics": finite, "best": self._best, "verified": verified}
+        metadata: dict[str, JSON] = {**self._metadata, **facts, "metrics": finite, "best": self._best}
         self._saver.save(step, state, metadata=metadata, retention=retention)
         self.saved_step = step
 
