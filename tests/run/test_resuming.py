@@ -131,6 +131,7 @@ def test_a_finished_run_can_be_extended_and_what_changes_is_said(config_file, tm
     assert re.search(changed, out)[1] == "3"  # the warm-up takes 2, and the peak follows
     assert "the validation text has changed since the run began" in out
     assert "trainer.batch_size_changes avoids that" in out
+    assert f"done: 13 steps, {12 * 16 * 16 + 32 * 16:,} tokens, " in out  # the last step has the new batch size
     assert list(metrics(run_dir)) == list(range(13))
     first, last = (checkpoint.read_step(run_dir / "checkpoints", step).metadata["best"] for step in (12, 13))
     assert last["step"] == 13 and last["validation/loss"] > first["validation/loss"]

@@ -210,6 +210,15 @@ def best_so_far(
     return best if is_sound and same_sequences and same_text else None
 
 
+def tokens_so_far(run: Run, step: int) -> int:
+    """Return the number of tokens in the steps before `step`.
+
+    Older checkpoints do not contain it, so it is computed from the configured batch sizes.
+    """
+    saved: Any = None if run.restored is None else run.restored.metadata.get("tokens")
+    return saved if isinstance(saved, int) else run.batches.sequences_between(0, step) * run.config.model.seq_len
+
+
 def _is_same_text(saved: Any, now: Any) -> bool:
     """Return whether the current description of a corpus matches the saved one, ignoring fields that were not saved."""
     if isinstance(saved, dict) and isinstance(now, dict):

@@ -49,6 +49,7 @@ from sophia_levanter.run.resuming import (
     find_checkpoints,
     restore,
     restore_before,
+    tokens_so_far,
     with_saved_rows,
 )
 from sophia_levanter.run.summary import TrainingResult, attention_of, describe_end, describe_start
@@ -391,5 +392,6 @@ class Run:
             evaluating=evaluating,
             saving=saving,
             tokens_per_sequence=self.config.model.seq_len,
+            tokens_before=tokens_so_far(self, step),
             mfu_per_token_rate=flops / peak_flops(list(self.partition.mesh.devices.flat)),
         )

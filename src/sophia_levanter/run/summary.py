@@ -197,13 +197,12 @@ def describe_end(run: Run, loop: Loop, state: TrainState) -> None:
     numbers, tokenizer, step = loop.monitor.trackers.last, run.data.tokenizer, int(state.step)
     sets = [batches.token_sequences() for batches in run.validation.values()]
     bigram = fmean(bigram_bits_per_byte(run.data.train, sequences, tokenizer) for sequences in sets)
-    tokens = run.batches.sequences_between(0, step) * run.config.model.seq_len
     skipped, best = int(state.skipped_steps), loop.evaluating.best
     since = f" since step {loop.first_step:,}" if loop.first_step else ""
     rows = [
         (
             "done",
-            f"{counted(step, 'step')}, {tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
+            f"{counted(step, 'step')}, {loop.tokens:,} tokens, {show_duration(loop.seconds)}{since}, "
             f"{loop.tokens_per_second:,.0f} tokens/s, {counted(loop.data_stalls, 'step')} waited for data",
         ),
         (

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sophia_levanter.checkpoint import JSON, CheckpointError
+from sophia_levanter.checkpoint import CheckpointError
 from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.registries import CALLBACKS
 from sophia_levanter.config.trainer import TrainerConfig
@@ -66,6 +66,7 @@ class Pause:
         stopping: returns whether the run is stopping and may soon be killed.
         evaluated: whether the latest validation loss was measured on this state.
         scored: whether the latest task scores were measured on this state.
+        tokens: number of tokens in the completed steps.
     """
 
     done: int
@@ -73,6 +74,7 @@ class Pause:
     stopping: Callable[[], bool]
     evaluated: bool = False
     scored: bool = False
+    tokens: int = 0
 
 
 class Callback:
@@ -257,7 +259,7 @@ class Saving(Callback):
         watchdog.begin(f"saving step {pause.done}")
         trackers.sync()
         numbers = {k: v for k, v in trackers.last.items() if pause.scored or not k.startswith("tasks/")}
-        facts: dict[str, JSON] = {"verified": verified, "best_evaluation": self.evaluating.best}
+        facts = {"verified": verified, "best_evaluation": self.evaluating.best, "tokens": pause.tokens}
         self.checkpoints.save(pause.done, pause.state, numbers, evaluated=pause.evaluated, facts=facts)
         self.timer.restart()
 

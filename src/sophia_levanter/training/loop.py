@@ -92,6 +92,7 @@ class Loop:
         saving: the callback that saves states. The loop also uses it to save the final state.
         tokens_per_sequence: number of predicted tokens in a row of a batch.
         mfu_per_token_rate: model FLOPs utilization at one token per second.
+        tokens_before: number of tokens in the steps before `run`.
         saved: the path or URL of the last checkpoint; None until `run` has finished.
         first_step: the first step of `run`.
         seconds: the duration of `run`, in seconds.
@@ -108,6 +109,7 @@ class Loop:
     saving: Saving
     tokens_per_sequence: int
     mfu_per_token_rate: float
+    tokens_before: int = 0
     saved: str | None = None
     first_step: int = 0
     seconds: float = 0.0
@@ -197,7 +199,7 @@ class Loop:
     def _pause(self, done: int, state: TrainState, stopping: Callable[[], bool]) -> Pause:
         """Read the results of all steps and pause the run."""
         self._read(most_running=0)
-        return Pause(done, state, stopping)
+        return Pause(done, state, stopping, tokens=self.tokens)
 
     def _save_if_alone(self, pause: Pause) -> None:
         """Save before an error ends the run. Other processes may not have failed, and would not take part in a save."""
@@ -245,6 +247,11 @@ class Loop:
             left = (self.config.num_train_steps - step - 1) * sum(recent) / len(recent)
             for callback in self.callbacks:
                 callback.on_step(StepReport(step, numbers, int(output.skipped_in_a_row), left))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all steps whose results have been read, including the steps before `run`."""
+        return self.tokens_before + self._tokens
 
     @property
     def tokens_per_second(self) -> float:
