@@ -9,6 +9,7 @@ from sophia_levanter.config import TrainConfig
 from sophia_levanter.config.baselines import AdEMAMixConfig
 from sophia_levanter.config.command_line import Command
 from sophia_levanter.config.optimizer import SophiaGConfig
+from sophia_levanter.config.settings import DECLARATION
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.run.directory import RunDirectory, changed_fields, choose_run_directory
@@ -87,9 +88,12 @@ def test_auto_takes_a_slow_warmup_in_steps_that_keeps_the_schedule(tmp_path):
 
 
 def test_steps_and_fractions_that_mean_the_same_have_not_changed():
+    intervals = [field.name for field in dataclasses.fields(TrainerConfig) if field.metadata[DECLARATION].steps]
+    assert len(intervals) == 6
+
     def config(steps, **optimizer):
         return TrainConfig(
-            trainer=TrainerConfig(num_train_steps=1000, evaluate_every=steps, checkpoint_every=steps),
+            trainer=TrainerConfig(num_train_steps=1000, **dict.fromkeys(intervals, steps)),
             optimizer=SophiaGConfig(learning_rate=2e-3, **optimizer),
         )
 

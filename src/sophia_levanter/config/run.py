@@ -108,6 +108,7 @@ def with_steps(config: TrainConfig) -> TrainConfig:
         "checkpoint_every": trainer.checkpoint_interval,
         "log_every": trainer.log_interval,
         "lawa_every": trainer.lawa_interval,
+        "statistics_every": trainer.statistics_interval,
     }
     schedule: dict[str, Any] = {
         "warmup": steps_of(optimizer.warmup, trainer.num_train_steps),

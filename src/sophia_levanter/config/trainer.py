@@ -230,9 +230,14 @@ class TrainerConfig(Settings):
         """Number of steps between progress lines."""
         return self._interval(self.log_every)
 
+    @property
+    def statistics_interval(self) -> int | None:
+        """Number of steps between array statistics; None if they are disabled."""
+        return None if self.statistics_every is None else self._interval(self.statistics_every)
+
     def statistics_due(self, step: int) -> bool:
         """Return whether array statistics are computed at `step`, counting from 0."""
-        return self.statistics_every is not None and step % self._interval(self.statistics_every) == 0
+        return self.statistics_interval is not None and step % self.statistics_interval == 0
 
     def _interval(self, every: float) -> int:
         return max(1, steps_of(every, self.num_train_steps))
