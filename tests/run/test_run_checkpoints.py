@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -11,12 +12,16 @@ import pytest
 from fake_gcs import FakeGcs, serving
 from sophia_levanter import checkpoint
 from sophia_levanter.commands.checkpoints import main as prune
+from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
 from sophia_levanter.partition.processes import Processes
+from sophia_levanter.run.directory import RunDirectory
+from sophia_levanter.run.resuming import find_checkpoints
+from sophia_levanter.tracking.console import Console
 from sophia_levanter.training import checkpoints
 from sophia_levanter.training.checkpoints import CheckpointTimer
 from sophia_levanter.training.evaluation import Evaluation, Evaluator
-from tiny_runs import metrics
+from tiny_runs import metrics, run_config
 
 SAME_RATE = ["--optimizer.schedule", "constant"]
 
@@ -62,7 +67,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(finished_run, tmp
     run_dir = finished_run.copy(tmp_path / "run")
     # Its metrics are then long enough to show that it had saved.
     config = run_dir / "config.yaml"
-    config.write_text(config.read_text().replace("checkpoint_every: 6", "checkpoint_every: 3"))
+    config.write_text(config.read_text().replace("checkpoint_every: 6", "checkpoint_every: 2"))
     command = ["--config", str(finished_run.config_file), "--trainer.run_dir", str(run_dir), "--resume", "auto"]
     (run_dir / "checkpoints").rename(tmp_path / "gone")
     before = (run_dir / "metrics.jsonl").read_bytes()
@@ -72,6 +77,16 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(finished_run, tmp
         assert (run_dir / "metrics.jsonl").read_bytes() == before
     (tmp_path / "gone").rename(run_dir / "checkpoints")
     assert main(command) == 0
+
+
+@pytest.mark.parametrize(("lines", "is_refused"), [(12, False), (13, True)])
+def test_the_lines_of_two_steps_with_evaluations_and_tasks_do_not_show_a_save(lines, is_refused, tmp_path):
+    directory = RunDirectory(tmp_path, "if_saved")
+    directory.write_config(run_config(trainer={"checkpoint_every": 2}))
+    directory.metrics_file.write_text('{"step": 0}\n' * lines)
+    with pytest.raises(InputError, match="contains no checkpoint") if is_refused else nullcontext():
+        find_checkpoints(directory, Processes(), Console(silent=True))
+    directory.unlock()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again(

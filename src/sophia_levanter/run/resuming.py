@@ -183,8 +183,9 @@ def _check_not_begun(directory: RunDirectory, console: Console) -> None:
         return
     lines = sum(1 for _ in lines_of(directory.metrics_file))
     every = load_config(directory.config_file).trainer.checkpoint_interval
-    # A run passes its second save only after the first save is committed, and each step writes at most two lines.
-    if lines > 4 * every:
+    # A run passes its second save only after the first save is committed, and each step writes at most three lines: its
+    # own, an evaluation and the scores on the tasks.
+    if lines > 6 * every:
         raise InputError(
             f"{directory.metrics_file} has {lines} lines, but {directory.checkpoints} contains no checkpoint; restore "
             "the checkpoints, or remove the metrics to start again from step 0"
