@@ -40,6 +40,13 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.txt"] and path.read_bytes() == b"old"
 
 
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*a\.txt'$"):
+        files.write_atomically(tmp_path / "a.txt", b"new")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_a_lock_has_one_holder(tmp_path):
     first = files.lock(tmp_path / "lock")
     assert first is not None and files.lock(tmp_path / "lock") is None

@@ -88,11 +88,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         # Name the file, because the system's error for a full disk does not.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    temporary.replace(path)
     sync(path.parent)
 
 

@@ -155,10 +155,7 @@ class RunDirectory:
             InputError: if the configuration cannot be written. No partial file is left behind.
         """
         with _naming("run_dir", self.path):
-            try:
-                files.write_atomically(self.config_file, dump_config(config).encode())
-            finally:
-                (self.path / UNFINISHED_CONFIG).unlink(missing_ok=True)
+            files.write_atomically(self.config_file, dump_config(config).encode())
 
 
 def choose_run_directory(command: Command) -> tuple[RunDirectory, TrainConfig]:
