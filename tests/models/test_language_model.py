@@ -5,6 +5,8 @@ import re
 
 import equinox as eqx
 import haliax.nn as hnn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from sophia_levanter.config.assembly import check_optimizer
@@ -16,6 +18,7 @@ from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import (
     LanguageModel,
     abstract_model,
+    count_parameters,
     hyperball_matrices,
     parameter_roles,
     paths_on_hyperball,
@@ -30,6 +33,11 @@ LLAMA = LlamaConfig(**SHAPE, tie_embeddings=False)
 
 def paths_with(role, model):
     return set(groups_of([ParameterGroup(role=role)], model, parameter_roles))
+
+
+@pytest.mark.parametrize("array", [jnp.zeros, jax.ShapeDtypeStruct])
+def test_only_floating_point_arrays_are_parameters(array):
+    assert count_parameters({"weight": array((2, 3), jnp.bfloat16), "ids": array((5,), jnp.int32), "name": "a"}) == 6
 
 
 def test_roles_of_gpt2():

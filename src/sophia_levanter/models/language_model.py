@@ -79,7 +79,7 @@ class LanguageModel(eqx.Module):
 
         Recomputation and curvature are not counted.
         """
-        return 6.0 * sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self, _is_float)))
+        return 6.0 * count_parameters(self)
 
     def gathered(self) -> LanguageModel:
         """Return the model with all parameters gathered, if they are split over devices."""
@@ -277,6 +277,11 @@ def write_row(cache: NamedArray, row: jax.Array, new: NamedArray) -> NamedArray:
 
 def _is_layer(x: object) -> bool:
     return isinstance(x, hnn.Linear | hnn.Embedding)
+
+
+def count_parameters(model: PyTree) -> int:
+    """Return the number of floating-point parameters, including vocabulary padding. Leaves may be abstract arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, _is_float)))
 
 
 def _is_float(x: object) -> bool:

@@ -15,7 +15,7 @@ from sophia_levanter.config.assembly import check_optimizer, describe_transfer
 from sophia_levanter.config.run import check_mesh
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError, counted
-from sophia_levanter.models.language_model import abstract_model
+from sophia_levanter.models.language_model import abstract_model, count_parameters
 from sophia_levanter.optim._trees import is_named
 from sophia_levanter.partition.mesh import Partition, partition_of
 from sophia_levanter.planning.step_plan import (
@@ -32,7 +32,7 @@ from sophia_levanter.planning.step_plan import (
     step_time,
 )
 from sophia_levanter.planning.target import Target
-from sophia_levanter.run.summary import attention_of, count_parameters, describe_layout
+from sophia_levanter.run.summary import attention_of, describe_layout
 from sophia_levanter.training.costs import abstract_state, bytes_by_kind, flops_per_step
 
 # The largest acceptable ratio of the size of temporaries in a Hutchinson refresh step to that in a plain step.

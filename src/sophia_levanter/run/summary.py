@@ -9,7 +9,6 @@ from signal import Signals
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-import equinox as eqx
 import jax
 
 from sophia_levanter.config.assembly import describe_transfer
@@ -20,7 +19,7 @@ from sophia_levanter.config.trainer import Sampling
 from sophia_levanter.data.batches import bigram_bits_per_byte
 from sophia_levanter.data.tokenizer import printable
 from sophia_levanter.errors import counted
-from sophia_levanter.models.language_model import LanguageModel, paths_on_hyperball
+from sophia_levanter.models.language_model import LanguageModel, count_parameters, paths_on_hyperball
 from sophia_levanter.models.sampling import generate
 from sophia_levanter.tracking.console import show_duration
 from sophia_levanter.training.costs import bytes_by_kind, show_bytes
@@ -248,11 +247,3 @@ def _sample(run: Run, state: TrainState) -> str:
         )
         drawn = [token for row in steps for token in row if token is not None]
     return printable(f"[{data.tokenizer.decode(prompt)}]{data.tokenizer.decode(drawn)}")
-
-
-def count_parameters(model: object) -> int:
-    """Return the number of floating-point parameters, including vocabulary padding."""
-    leaves = jax.tree.leaves(
-        eqx.filter(model, lambda x: eqx.is_inexact_array(x) or isinstance(x, jax.ShapeDtypeStruct))
-    )
-    return sum(leaf.size for leaf in leaves)

@@ -22,9 +22,8 @@ from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.registries import STATISTICS
 from sophia_levanter.data.tokenizer import vocab_size_of
 from sophia_levanter.errors import InputError
-from sophia_levanter.models.language_model import abstract_model
+from sophia_levanter.models.language_model import abstract_model, count_parameters
 from sophia_levanter.run.directory import RunDirectory
-from sophia_levanter.run.summary import count_parameters
 from sophia_levanter.tracking.jsonl import read_records
 from sophia_levanter.training.costs import flops_per_step
 
