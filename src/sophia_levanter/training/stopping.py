@@ -15,7 +15,7 @@ from types import FrameType
 from sophia_levanter.status import FAILURE
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-RUN_STOPS = "stop requested; the run will save and stop after the current step or compilation"
+RUN_STOPS = "stop requested; the run will save and stop after the current step or compilation and any due evaluation"
 
 
 class StopRequest:
