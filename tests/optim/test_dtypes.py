@@ -16,6 +16,7 @@ from sophia_levanter.optim import (
     KroneckerBasis,
     Lion,
     Muon,
+    OptaxOptimizer,
     Soap,
     Sophia,
     SophiaG,
@@ -124,6 +125,24 @@ def test_no_dtype_is_wider_than_that_of_the_parameters_under_x64(name, dtype):
     assert dtypes(after) == dtypes(state)
     for path, leaf in jax.tree.leaves_with_path(found):
         assert dtype == "float64" or leaf.dtype.itemsize < 8, f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
+
+
+class PlugIn(OptaxOptimizer):
+    learning_rate: float = 0.1
+
+    def transformation(self, params):
+        return optax.sgd(self.learning_rate, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "plug-in"])
+def test_wide_gradients_leave_narrow_parameters_narrow(name):
+    """The trainer sums gradients in float32."""
+    make, given = (OPTIMIZERS | {"plug-in": (PlugIn, {})})[name]
+    params, optimizer = params_of(jnp.bfloat16), make(**given)
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params_of(jnp.float32), state, params)
+    assert dtypes(updates) == dtypes(params)
+    assert dtypes(after) == dtypes(state)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])

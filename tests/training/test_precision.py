@@ -1,6 +1,7 @@
 """How far runs in bfloat16 are from runs in float32."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from test_meshes import nano, train
 
 from sophia_levanter.config.mesh import MeshConfig
+from sophia_levanter.main import main
 
 
 def in_bfloat16(config, *names):
@@ -50,3 +52,13 @@ def test_every_dtype_is_that_of_the_configuration():
     )
     assert [array.dtype for array in arrays] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     assert np.isfinite(losses).all()
+
+
+def test_a_baseline_keeps_the_dtype_of_the_parameters(config_file, tmp_path):
+    """A state with other dtypes would not fit the compiled step."""
+    words = ["--optimizer.type", "adamw", "--trainer.parameter_dtype", "bfloat16", "--trainer.num_train_steps", "3"]
+    run_dir = tmp_path / "run"
+    assert main(["--config", str(config_file), *words, "--trainer.run_dir", str(run_dir)]) == 0
+    (saved,) = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    arrays = json.loads(saved.read_text())["arrays"]
+    assert {a["dtype"] for a in arrays if a["path"].startswith("model.")} == {"bfloat16"}

@@ -24,7 +24,7 @@ from sophia_levanter.optim._checks import (
 from sophia_levanter.optim._matrices import Matrices, MatrixView, by_matrix, matrix_views
 from sophia_levanter.optim._optax import cautious, check_gradient_transform, init_transform, prepared_gradient
 from sophia_levanter.optim._protocol import MatrixWork, Scalar, ScalarOrSchedule
-from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, select, trainable
+from sophia_levanter.optim._trees import WeightDecayMask, decay_mask_tree, trainable
 
 
 class BaselineState(NamedTuple):
@@ -95,8 +95,9 @@ class OptaxOptimizer(eqx.Module):
             new_state,
             state.optax_state,
         )
-        zeros = jax.tree.map(jnp.zeros_like, updates)
-        return select(finite, updates, zeros), BaselineState(new_state, gradient_state)
+        # Updates from wide gradients would promote narrow parameters.
+        updates = jax.tree.map(lambda u, p: jnp.where(finite, u, 0).astype(p.dtype), updates, params)
+        return updates, BaselineState(new_state, gradient_state)
 
     def refresh_due(self, step: int) -> bool:
         """Return False, because the optimizer does not use curvature."""
