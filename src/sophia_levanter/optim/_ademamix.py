@@ -23,7 +23,7 @@ class AdEMAMixState(NamedTuple):
         count: int32 scalar, the number of updates so far.
         mu: fast moving average of the gradient, structured like the parameters, in their dtypes or `momentum_dtype`.
         mu_slow: slow moving average of the gradient, in float32 or wider.
-        nu: moving average of the squared gradient, in the dtypes of the parameters.
+        nu: moving average of the squared gradient, in float32 or wider.
     """
 
     count: Array  # type: ignore[assignment]  # shadows tuple.count, as in optax
@@ -49,8 +49,8 @@ class AdEMAMix(OptaxOptimizer):
         b3: decay rate of the slow average, in [0, 1).
         alpha: weight of the slow average in the step, at least 0.
         slow_warmup: number of updates over which `alpha` and `b3` grow (in the paper, the whole run); 0 for no warmup.
-        momentum_dtype: dtype of the fast average; None uses the parameter dtypes. The slow average is float32 or wider,
-            because bfloat16 would round away its small changes.
+        momentum_dtype: dtype of the fast average; None uses the parameter dtypes. The other two are float32 or wider,
+            because bfloat16 would round away their small changes.
         learning_rate, eps, weight_decay, weight_decay_mask, gradient_transform: as for `AdamW`.
 
     Raises:
@@ -96,8 +96,9 @@ def scale_by_ademamix(settings: AdEMAMix) -> optax.GradientTransformation:
 
     def init(params: PyTree) -> AdEMAMixState:
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=settings.momentum_dtype), params)
-        mu_slow = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params)
-        return AdEMAMixState(jnp.zeros((), jnp.int32), mu, mu_slow, jax.tree.map(jnp.zeros_like, params))
+        # Use separate arrays for the two, so that a state can be donated.
+        mu_slow, nu = (jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params) for _ in range(2))
+        return AdEMAMixState(jnp.zeros((), jnp.int32), mu, mu_slow, nu)
 
     def update(grads: PyTree, state: AdEMAMixState, params: PyTree | None = None) -> tuple[PyTree, AdEMAMixState]:
         count = optax.safe_increment(state.count)
