@@ -9,6 +9,7 @@ from sophia_levanter.config.baselines import AdamWConfig, AdEMAMixConfig, LionCo
 from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig, SophiaHConfig
 from sophia_levanter.config.schedule import ScheduleConfig
 from sophia_levanter.config.trainer import TrainerConfig
+from sophia_levanter.errors import InputError
 from sophia_levanter.models.language_model import decay_mask, matrix_axes
 from sophia_levanter.optim import (
     AbstractSophia,
@@ -161,6 +162,13 @@ def test_the_share_in_effect_is_that_of_whole_microbatches():
     assert config.describe_curvature(trainer) == (
         "every 10 steps and in each of the first 3, on 67% of the batch, in a Kronecker basis, rho 0.05"
     )
+
+
+def test_labels_of_the_data_need_no_extra_pass():
+    """Whether they leave a part of the batch for the gradient or not."""
+    for fraction in (0.5, 1.0):
+        with pytest.raises(InputError, match=r"^optimizer\.curvature_extra_pass is false, but curvature_labels data "):
+            SophiaGConfig(curvature_labels="data", curvature_extra_pass=False, curvature_batch_fraction=fraction)
 
 
 @pytest.mark.parametrize(

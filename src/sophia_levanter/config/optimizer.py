@@ -283,6 +283,14 @@ class SophiaGConfig(SophiaConfig):
         None, "clip the sampled gradient to this norm; 1.0 in the authors' code", above=0
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.curvature_labels == "data" and not self.curvature_extra_pass:
+            raise InputError(
+                "optimizer.curvature_extra_pass is false, but curvature_labels data needs no extra pass; set "
+                "curvature_extra_pass to true, or curvature_labels to sampled"
+            )
+
     def build_estimator(self) -> Estimator:
         from sophia_levanter.optim import EmpiricalFisher, GaussNewtonBartlett
 
