@@ -101,6 +101,9 @@ def test_the_least_that_fsdp_sends(compute_dtype, item):
     partition, once = partition_of(CONFIG.mesh), item * PARAMETERS * 7 / 8
     plain, state = 2 * 3 * once, abstract_state(config, partition, VOCAB)
     assert fsdp_minimum(config, partition, state) == {False: plain, True: plain + once}
+    for free in ({"curvature_labels": "data"}, {"curvature_extra_pass": False}):
+        config = dataclasses.replace(config, optimizer=SophiaGConfig(warmup=0, **free))
+        assert fsdp_minimum(config, partition, state) == {False: plain, True: plain}
     hutchinson = dataclasses.replace(config, optimizer=SophiaHConfig(warmup=0))
     assert fsdp_minimum(hutchinson, partition, state) == {False: plain, True: None}
 

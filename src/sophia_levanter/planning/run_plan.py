@@ -231,17 +231,18 @@ def fsdp_minimum(config: TrainConfig, partition: Partition, state: object) -> di
     """Return the minimum number of bytes that a device sends in a plain and in a refresh step, keyed by `refresh`.
 
     Parameters are gathered in the compute dtype. Each microbatch gathers each sharded parameter twice and scatters its
-    gradient once; in a GNB refresh, it also scatters a second gradient. Each of n devices already holds 1 / n of each
-    parameter. The value for a Hutchinson refresh, which uses separate microbatches, is None.
+    gradient once; in a GNB refresh with an extra pass, it also scatters a second gradient. Each of n devices already
+    holds 1 / n of each parameter. The value for a Hutchinson refresh, which uses separate microbatches, is None.
     """
     item, devices = 2 if config.trainer.compute_dtype == "bfloat16" else 4, partition.mesh.shape["data"]
     gathered = _gathered_elements(partition, state.model, config.mesh.fsdp)  # type: ignore[attr-defined]
     once = item * gathered * (devices - 1) / devices
     plain = 3.0 * once * config.trainer.num_microbatches
     curvature = config.optimizer.curvature_microbatches(config.trainer)
-    if curvature is None or config.optimizer.build(config.trainer.num_train_steps).estimator.forward_mode:
+    estimator = config.optimizer.build(config.trainer.num_train_steps).estimator
+    if curvature is None or estimator.forward_mode:
         return {False: plain, True: None}
-    return {False: plain, True: plain + once * curvature[0]}
+    return {False: plain, True: plain + once * curvature[0] if estimator.gradients else plain}
 
 
 def _gathered_elements(partition: Partition, model: object, fsdp: str | None) -> int:
