@@ -1,6 +1,6 @@
 """What `plan` prints about time, and the chips that it may be for."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import jax
@@ -13,14 +13,18 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
+from sophia_levanter.config.optimizer import OptimizerConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
-from sophia_levanter.planning.run_plan import _time, describe
-from sophia_levanter.planning.step_plan import StepTime
+from sophia_levanter.optim import SophiaH
+from sophia_levanter.planning import run_plan
+from sophia_levanter.planning.run_plan import MIB, _time, describe
+from sophia_levanter.planning.step_plan import StepPlan, StepTime
 from sophia_levanter.planning.target import Target, node_of, pretended_target, tpu_target
 from sophia_levanter.run.summary import describe_layout
 
 CONFIG = TrainConfig(model=Gpt2Config(seq_len=64), trainer=TrainerConfig(batch_size=8, num_train_steps=86_400))
+SMALL = Gpt2Config(num_layers=1, num_heads=2, embed_dim=32, seq_len=64)
 DAYS = "days for 86,400 steps of 512 tokens"
 COMPUTED = "  computed from published rates, not measured on these devices"
 
@@ -37,6 +41,25 @@ def test_an_optimizer_that_does_not_fit_the_model(monkeypatch):
     config = replace(CONFIG, optimizer=optimizer, data=DataConfig(tokenizer="bytes"))
     with pytest.raises(InputError, match=r"^optimizer\.groups\[0\]\.match 'wtx' matches no parameter; choose from \['"):
         next(describe(config, "name", pretended_target(1, "h100"), 0.4))
+
+
+@dataclass(frozen=True)
+class PlugInConfig(OptimizerConfig):
+    """Without the settings of Sophia."""
+
+    def build(self, num_train_steps):
+        return SophiaH(self.learning_rate)
+
+
+def test_a_plug_in_with_hutchinsons_estimator(monkeypatch):
+    """Its refresh is planned, and no setting is proposed that it does not have."""
+    monkeypatch.setattr(Target, "devices", lambda self: jax.devices()[:1])
+    monkeypatch.setattr(run_plan, "plan_step", lambda *_, **__: StepPlan(MIB, MIB, {}))
+    trainer = replace(CONFIG.trainer, num_train_steps=20)
+    config = TrainConfig(model=SMALL, optimizer=PlugInConfig(), data=DataConfig(tokenizer="bytes"), trainer=trainer)
+    planned = list(describe(config, "name", pretended_target(1, "h100"), 0.4))
+    assert "refresh step" in next(line for line in planned if "plain step" in line)
+    assert planned[-1] == "the largest trainer.microbatch_size that fits is 8 (trainer.batch_size 8)"
 
 
 def step(within=0.0, between=0.0, **others):

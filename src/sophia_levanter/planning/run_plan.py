@@ -88,7 +88,8 @@ def describe(config: TrainConfig, name: str, target: Target, mfu: float) -> Iter
     yield from _collectives(config, partition, state, plans)
     yield from _time(config, step_time(config, partition, vocab_size, plans, target, mfu), target, mfu)
     yield _largest_microbatch(config, partition, vocab_size, target.chip.memory)
-    if estimator is not None and estimator.forward_mode:
+    # A plug-in's settings may lack the field.
+    if estimator is not None and estimator.forward_mode and hasattr(config.optimizer, "curvature_microbatch_size"):
         yield _hutchinsons_microbatch(config, partition, vocab_size, plans[False])
 
 
