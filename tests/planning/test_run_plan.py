@@ -13,12 +13,12 @@ from sophia_levanter.config.data import DataConfig
 from sophia_levanter.config.groups import GroupConfig
 from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.model import Gpt2Config
-from sophia_levanter.config.optimizer import OptimizerConfig
+from sophia_levanter.config.optimizer import OptimizerConfig, SophiaGConfig
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.optim import SophiaH
 from sophia_levanter.planning import run_plan
-from sophia_levanter.planning.run_plan import MIB, _time, describe
+from sophia_levanter.planning.run_plan import MIB, _largest_microbatch, _time, describe
 from sophia_levanter.planning.step_plan import StepPlan, StepTime
 from sophia_levanter.planning.target import Target, node_of, pretended_target, tpu_target
 from sophia_levanter.run.summary import describe_layout
@@ -60,6 +60,15 @@ def test_a_plug_in_with_hutchinsons_estimator(monkeypatch):
     planned = list(describe(config, "name", pretended_target(1, "h100"), 0.4))
     assert "refresh step" in next(line for line in planned if "plain step" in line)
     assert planned[-1] == "the largest trainer.microbatch_size that fits is 8 (trainer.batch_size 8)"
+
+
+def test_a_microbatch_must_be_left_for_the_gradient(monkeypatch):
+    """All 8 sequences in one would leave none, because there is no extra pass."""
+    monkeypatch.setattr(run_plan, "plan_step", lambda *_, **__: StepPlan(MIB, MIB, {}))
+    optimizer = SophiaGConfig(curvature_extra_pass=False, curvature_batch_fraction=0.5)
+    config = replace(CONFIG, optimizer=optimizer, trainer=replace(CONFIG.trainer, microbatch_size=2))
+    found = _largest_microbatch(config, SimpleNamespace(row_shards=1), 257, GIB)
+    assert found == "the largest trainer.microbatch_size that fits is 4 (trainer.batch_size 8)"
 
 
 def step(within=0.0, between=0.0, **others):

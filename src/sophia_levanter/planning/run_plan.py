@@ -265,7 +265,10 @@ def _largest_microbatch(config: TrainConfig, partition: Partition, vocab_size: i
 
     def fits(size: int) -> bool:
         trainer = dataclasses.replace(config.trainer, microbatch_size=size)
-        own = dataclasses.replace(config, trainer=trainer)
+        try:
+            own = dataclasses.replace(config, trainer=trainer)
+        except InputError:  # the refresh would leave no microbatch for the gradient
+            return False
         return plan_step(own, partition, vocab_size, refresh=refresh).fits(memory)
 
     found = largest(sizes, fits)
