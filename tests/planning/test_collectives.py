@@ -188,6 +188,29 @@ def test_what_tpus_write_in_parts_counts_once():
     }
 
 
+def test_a_step_takes_one_branch_of_a_conditional():
+    """The one that sends the most, whichever it is."""
+    branch = """\
+%{kind} (p.{size}: f32[24]) -> f32[24] {{
+  %p.{size} = f32[24] parameter(0)
+  ROOT %sent.{size} = f32[24] {kind}(%p.{size}), replica_groups={{}}
+}}
+"""
+    kinds = ["all-to-all", "all-reduce", "all-gather"]
+    branches = "\n".join(branch.format(kind=kind, size=size) for size, kind in enumerate(kinds))
+    hlo = f"""\
+HloModule jit_step, num_partitions=8
+
+{branches}
+ENTRY %main (i: s32[], a: f32[24]) -> f32[24] {{
+  %i = s32[] parameter(0)
+  %a = f32[24] parameter(1)
+  ROOT %chosen = f32[24] conditional(%i, %a, %a, %a), branch_computations={{{", ".join(f"%{kind}" for kind in kinds)}}}
+}}
+"""
+    assert collective_bytes(hlo) == {"all-reduce": 168}
+
+
 # Of 96 bytes on a device of three slices.
 @pytest.mark.parametrize(
     ("written", "kind", "sent"),

@@ -15,7 +15,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _OPCODE = re.compile(r" (?P<opcode>[a-z][a-z0-9\-]*)\((?P<operands>[^)]*)\)")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|bf16|[sfuc]\d+)\[(?P<shape>[\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|[a-z]+_computations?)=\{?([^,}\s]+(?:, ?%[^,}\s]+)*)\}?")
 # A collective specifies groups of devices in one of three forms: lists such as {{0,1},{2,3}}; parts of a range, which
 # may be reshaped and transposed, such as [2,2]<=[4]; or axes of a device mesh, such as mesh['a'=2,'b'=2] {'b'}.
 _LISTS = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{(?P<lists>(?:\{[\d,]+\},?)*)\}")
@@ -45,6 +45,8 @@ class _Instruction:
 
 def collective_bytes(hlo: str, nodes: Sequence[int] | None = None) -> dict[str, float]:
     """Count the bytes that a device sends in each kind of collective, including every iteration of each loop.
+
+    Of a conditional, the branch that sends the most is counted, such as SOAP's rotation, which few steps perform.
 
     In a ring of n devices on k nodes, a device sends these shares to other devices and to other nodes, respectively:
 
@@ -188,6 +190,9 @@ def _sent(
             if inside:
                 turns = _turns(computations, instruction)
                 yield from ((kind, turns * count) for kind, count in inside)
+        elif instruction.opcode == "conditional":
+            branches = [list(_sent(computations, called, share)) for called in instruction.called]
+            yield from max(branches, key=lambda branch: sum(count for _, count in branch))
         elif not _continues(instruction_name, instruction):
             for called in instruction.called:
                 yield from _sent(computations, called, share)
