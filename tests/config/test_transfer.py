@@ -169,6 +169,11 @@ def test_the_factors_are_shown(monkeypatch):
             "the base model; with model.parametrization mup, set it to at least 64",
         ),
         (
+            (*OPTIONS, "32", "--optimizer.basis", "kronecker", "--optimizer.basis_max_size", "64"),
+            "optimizer.basis_max_size: blocks.stacked.mlp.c_fc.weight (16 x 64) is not rotated on the same sides as in "
+            "the base model; with model.parametrization mup, set it to at least 128",
+        ),
+        (
             (*OPTIONS, "8", "--optimizer.basis", "kronecker", "--optimizer.hyperball", "true"),
             "model.parametrization is 'mup', which does not support optimizer.hyperball with a Kronecker basis; ",
         ),

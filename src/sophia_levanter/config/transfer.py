@@ -101,11 +101,12 @@ def width_exponents(config: OptimizerConfig, model: ModelConfig, optimizer: Any)
     width = model.growth.width
     exponents: dict[str, float] = {}
     for name, (inputs, outputs) in matrix_sides(model).items():
+        base = round(inputs / width), round(outputs / width)
         exponents[name] = exponent(inputs, outputs) + 0.5 * config.hyperball
-        if exponent(inputs, outputs) != exponent(round(inputs / width), round(outputs / width)):
+        if exponent(inputs, outputs) != exponent(*base):
             raise InputError(
                 f"optimizer.basis_max_size: {name} ({inputs} x {outputs}) is not rotated on the same sides as in "
-                f"the base model; with model.parametrization mup, set it to at least {max(inputs, outputs)}"
+                f"the base model; with model.parametrization mup, set it to at least {max(inputs, outputs, *base)}"
             )
     return exponents
 
