@@ -70,6 +70,18 @@ def test_the_first_refreshes_leave_rho_alone():
     assert float(optimizer.metrics(state)["rho"]) == float(state.rho)
 
 
+def test_a_refresh_after_skipped_updates_only_leaves_rho_alone():
+    """m is still 0."""
+    optimizer = SophiaG(rho="auto")
+    params = jnp.ones(3)
+    state = optimizer.init(params)
+    for grads in (jnp.full(3, jnp.nan), params):
+        _, state = optimizer.update(grads, state, params, params)
+        assert float(state.rho) == pytest.approx(0.05)
+    _, state = optimizer.update(params, state, params, params)
+    assert float(state.rho) == pytest.approx(0.05 * np.exp(2 * 0.3))
+
+
 def test_updates_without_an_estimate_leave_rho_alone():
     optimizer = SophiaG(rho="auto")
     params = jnp.ones(3)

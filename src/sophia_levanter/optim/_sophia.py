@@ -336,8 +336,8 @@ class AbstractSophia(eqx.Module):
         )
         if after.rho is None:
             return after
-        # Before the first update, m is 0 and the win rate is meaningless.
-        measured = sound & (state.count > 0)
+        # Before the first update that was not skipped, m is 0 and the win rate is meaningless.
+        measured = sound & (state.count > state.skipped_updates)
         return after._replace(rho=select(measured, self.rho.next(state.rho, self._win_rate(after)), state.rho))
 
     def refresh_due(self, step: int) -> bool:
