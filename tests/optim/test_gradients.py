@@ -266,8 +266,9 @@ def test_without_an_extra_pass_the_gradient_is_that_of_the_other_microbatches():
 
 
 def test_without_an_extra_pass_an_estimate_that_is_not_finite_leaves_no_gradient():
-    """The step must be skipped: its other microbatches were not looked at."""
-    _, grads, h_hat = all_three((X.at[0, 0, 0].set(jnp.nan), LABELS, WEIGHTS), REPLACING, 1)
+    """The step must be skipped: its other microbatches were not looked at, so it has no loss."""
+    loss, grads, h_hat = all_three((X.at[0, 0, 0].set(jnp.nan), LABELS, WEIGHTS), REPLACING, 1)
+    assert np.isnan(loss)
     assert not any(np.isfinite(leaf).all() for leaf in jax.tree.leaves((grads, h_hat)))
 
 

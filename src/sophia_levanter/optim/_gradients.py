@@ -302,7 +302,7 @@ def _once_complete(sums: GradientSums, microbatches: PyTree) -> PyTree:
 
     Two concurrent passes would use the memory of both. On CPUs they may deadlock, because devices enter the collectives
     of independent passes in different orders. If the gradient is not finite, the microbatches are replaced by zeros:
-    the step is skipped anyway, and its reported loss comes from the earlier pass.
+    the step is skipped anyway. Its reported loss comes from the earlier pass; without true targets there, it is nan.
     """
     finite = all_finite(sums.grads)
 

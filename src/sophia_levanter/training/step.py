@@ -195,7 +195,8 @@ def train_step(
     """Take a step: compute the gradient over all microbatches, optionally refresh the curvature, and update the model.
 
     If the loss or gradient is not finite, or the loss is a spike, the parameters, momentum and curvature are left
-    unchanged. If the curvature estimate is not finite, only the refresh is skipped. The counts advance in both cases.
+    unchanged. If the curvature estimate is not finite, only the refresh is skipped, unless the estimate replaces a part
+    of the gradient (`extra_pass=False`), which then is not finite either. The counts advance in both cases.
 
     Args:
         refresh: whether to refresh the curvature before the update, as decided on the host.
