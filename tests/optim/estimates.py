@@ -11,7 +11,6 @@ from sophia_levanter.optim import (
     Bernoulli,
     Categorical,
     GaussNewtonBartlett,
-    GaussNewtonHutchinson,
     Hutchinson,
     Normal,
 )
@@ -169,6 +168,5 @@ def square_of_outputs(model, x=INPUTS):
 
 ESTIMATORS = [
     (GaussNewtonBartlett(), outputs_fn),
-    (GaussNewtonHutchinson(num_probes=2), outputs_fn),
-    (Hutchinson(), square_of_outputs),
+    (Hutchinson(num_probes=2), square_of_outputs),
 ]

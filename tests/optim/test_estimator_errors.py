@@ -19,12 +19,7 @@ from estimates import (
 )
 from jax.extend.core import Primitive
 
-from sophia_levanter.optim import (
-    Categorical,
-    GaussNewtonBartlett,
-    GaussNewtonHutchinson,
-    Hutchinson,
-)
+from sophia_levanter.optim import Categorical, GaussNewtonBartlett, Hutchinson
 
 doubled = jax.custom_vjp(lambda x: 2 * x)
 doubled.defvjp(lambda x: (2 * x, None), lambda _, c: (2 * c,))
@@ -58,9 +53,7 @@ def test_an_operation_without_forward_derivative_is_refused(operation):
         Hutchinson()(lambda w: jnp.sum(operation(w)), jnp.ones(3), key=KEY)
 
 
-def test_outputs_without_forward_derivative_are_refused():
-    with pytest.raises(TypeError, match="outputs_fn contains an operation without a forward-mode derivative"):
-        GaussNewtonHutchinson()(lambda w: doubled(w), jnp.ones((2, 3)), key=KEY)
+def test_gnb_needs_no_forward_derivative():
     w = jnp.ones((2, 3))
     assert jax.eval_shape(lambda w: GaussNewtonBartlett()(doubled, w, key=KEY), w).shape == w.shape
 
@@ -69,9 +62,9 @@ def test_outputs_without_forward_derivative_are_refused():
     ("make", "error", "message"),
     [
         (lambda: Hutchinson("uniform"), ValueError, "probe is 'uniform'; it must be one of rademacher, gaussian"),
-        (lambda: GaussNewtonHutchinson(probe=None), ValueError, "probe is None; it must be one of rademacher"),
+        (lambda: Hutchinson(probe=None), ValueError, "probe is None; it must be one of rademacher"),
         (lambda: Hutchinson(num_probes=0), ValueError, "num_probes is 0; it must be an integer of at least 1"),
-        (lambda: GaussNewtonHutchinson(num_probes=1.5), ValueError, "num_probes is 1.5"),
+        (lambda: Hutchinson(num_probes=1.5), ValueError, "num_probes is 1.5"),
         (lambda: GaussNewtonBartlett(reduction="mean"), ValueError, "reduction is 'mean'; it must be one of square_th"),
         (lambda: GaussNewtonBartlett(max_grad_norm=0), ValueError, r"max_grad_norm is 0; it must be in \(0, inf\)"),
     ],
@@ -81,7 +74,7 @@ def test_bad_settings_are_refused(make, error, message):
         make()
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson(), Hutchinson()])
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), Hutchinson()])
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
@@ -108,14 +101,11 @@ def test_a_loss_that_is_not_a_scalar_is_refused():
         GaussNewtonBartlett().from_sampled_loss(lambda w, key: (w, 1), jnp.ones(1), key=KEY)
 
 
-GNB_AND_GNH = [GaussNewtonBartlett(Categorical("class")), GaussNewtonHutchinson(Categorical("class"))]
-
-
-@pytest.mark.parametrize("estimator", GNB_AND_GNH)
 @pytest.mark.parametrize(
     "weights", [np.ones(7), np.ones((2, 3)), hax.named(np.ones(3), ("class",)), hax.named(np.ones(3), ("row",))]
 )
-def test_weights_that_do_not_fit_are_refused(estimator, weights):
+def test_weights_that_do_not_fit_are_refused(weights):
+    estimator = GaussNewtonBartlett(Categorical("class"))
     with pytest.raises(ValueError, match="weights"):
         eqx.filter_eval_shape(lambda model: estimator(named_grid, model, key=KEY, weights=weights), MODEL)
 
@@ -137,30 +127,27 @@ def test_weights_without_microbatches_are_refused_by_hutchinson():
         Hutchinson()(loss, MODEL, key=KEY, weights=jnp.ones(POSITIONS))
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
-def test_a_loss_instead_of_logits_is_refused(estimator):
+def test_a_loss_instead_of_logits_is_refused():
     with pytest.raises(ValueError, match=r"a categorical likelihood requires logits .* not a loss"):
-        estimator(loss, MODEL, key=KEY)
+        GaussNewtonBartlett()(loss, MODEL, key=KEY)
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson(), Hutchinson()])
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), Hutchinson()])
 @pytest.mark.parametrize("key", [None, 0])
 def test_what_is_not_a_key_is_refused(estimator, key):
     with pytest.raises(TypeError, match=r"^key is"):
         estimator(lambda m: m, jnp.ones(3), key=key)
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
 @pytest.mark.parametrize("outputs", [(jnp.ones((2, 3)), 1.0), None], ids=["pair", "none"])
-def test_outputs_that_are_not_an_array_are_refused(estimator, outputs):
+def test_outputs_that_are_not_an_array_are_refused(outputs):
     with pytest.raises(TypeError, match=r"the outputs are a .*; the function must return a single array"):
-        estimator(lambda m: outputs, jnp.ones(3), key=KEY)
+        GaussNewtonBartlett()(lambda m: outputs, jnp.ones(3), key=KEY)
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett(), GaussNewtonHutchinson()])
-def test_negative_weights_are_refused(estimator):
+def test_negative_weights_are_refused():
     with pytest.raises(ValueError, match="weights contain a negative entry"):
-        estimator(outputs_fn, MODEL, key=KEY, weights=np.asarray([1.0] * 7 + [-0.5]))
+        GaussNewtonBartlett()(outputs_fn, MODEL, key=KEY, weights=np.asarray([1.0] * 7 + [-0.5]))
 
 
 @pytest.mark.parametrize("result", [1.0, (1.0, 2.0, 3.0), None])
@@ -171,4 +158,4 @@ def test_a_sampled_loss_gives_two_scalars(result):
 
 def test_a_mistake_that_mentions_a_tracer_is_left_alone():
     with pytest.raises(TypeError, match="can only concatenate str"):
-        GaussNewtonHutchinson()(lambda m: "a" + m, jnp.ones(3), key=KEY)
+        Hutchinson()(lambda m: "a" + m, jnp.ones(3), key=KEY)

@@ -23,9 +23,7 @@ import sophia_levanter.jax_compatibility  # noqa: F401
 from sophia_levanter.optim import (
     Categorical,
     GaussNewtonBartlett,
-    GaussNewtonHutchinson,
     Hutchinson,
-    Normal,
 )
 from sophia_levanter.optim._hutchinson import PROBES, draw_probe
 
@@ -127,20 +125,17 @@ def test_squares_of_half_precision_gradients_do_not_underflow():
     np.testing.assert_allclose(estimate, 4e-10, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "function"),
-    [
-        (Hutchinson(), lambda m, x: jnp.sum(m.astype(jnp.float32) ** 2) / 2 + jnp.sum(x)),
-        (GaussNewtonHutchinson(Normal()), lambda m, x: m * x),
-    ],
-)
-def test_sums_over_many_microbatches_do_not_stand_still_in_half_precision(estimator, function):
-    """In bfloat16 a sum of 1 / 512 stops growing at 1 / 2, and a sum of 1 at 256."""
-    estimate = estimator(function, jnp.ones(1, jnp.bfloat16), jnp.ones((512, 1)), key=KEY)
+def test_sums_over_many_microbatches_do_not_stand_still_in_half_precision():
+    """In bfloat16 a sum of 1 / 512 stops growing at 1 / 2."""
+
+    def loss_fn(m, x):
+        return jnp.sum(m.astype(jnp.float32) ** 2) / 2 + jnp.sum(x)
+
+    estimate = Hutchinson()(loss_fn, jnp.ones(1, jnp.bfloat16), jnp.ones((512, 1)), key=KEY)
     assert estimate.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("estimator", [GaussNewtonBartlett, GaussNewtonHutchinson, Hutchinson])
+@pytest.mark.parametrize("estimator", [GaussNewtonBartlett, Hutchinson])
 def test_named_arrays_give_what_plain_arrays_give(estimator):
     """Named parameters, microbatches, outputs and weights, against the same in plain arrays."""
     x, weights = INPUTS.reshape(2, 4, 3), ANY_WEIGHTS.reshape(2, 4)

@@ -9,7 +9,6 @@ import pytest
 from sophia_levanter.optim import (
     Curvature,
     GaussNewtonBartlett,
-    GaussNewtonHutchinson,
     Hutchinson,
     Momentum,
     ReproducedSophia,
@@ -174,7 +173,6 @@ class SignedEstimator:
     ("make", "name"),
     [
         (SophiaH.paper, "Hutchinson"),
-        (lambda **given: ReproducedSophia(estimator=GaussNewtonHutchinson(), **given), "GaussNewtonHutchinson"),
         (lambda **given: ReproducedSophia(estimator=SignedEstimator(), **given), "SignedEstimator"),
     ],
 )

@@ -8,7 +8,7 @@ from sophia_levanter.optim._baselines import AdamW, BaselineState, Lion, Muon, O
 from sophia_levanter.optim._gauss_newton import EmpiricalFisher, GaussNewtonBartlett
 from sophia_levanter.optim._gradients import GradientSums, RefreshStep, split_microbatches, value_grad_and_curvature
 from sophia_levanter.optim._groups import ParameterGroup, ParameterGroups, group_weight_decay, groups_of
-from sophia_levanter.optim._hutchinson import GaussNewtonHutchinson, Hutchinson
+from sophia_levanter.optim._hutchinson import Hutchinson
 from sophia_levanter.optim._kronecker import Coordinates, KroneckerBasis
 from sophia_levanter.optim._likelihood import Bernoulli, Categorical, Likelihood, Normal
 from sophia_levanter.optim._norms import CautiousWeightDecay, Hyperball, NormControlState, hyperball_weight_decay
@@ -32,7 +32,6 @@ __all__ = [
     "EmpiricalFisher",
     "Estimator",
     "GaussNewtonBartlett",
-    "GaussNewtonHutchinson",
     "GradientSums",
     "Hutchinson",
     "Hyperball",
