@@ -26,7 +26,6 @@ PRESETS = {
     "G paper": SophiaG.paper,
     "G authors": SophiaG.authors,
     "H paper": SophiaH.paper,
-    "H authors": SophiaH.authors,
     "H optax": SophiaH.optax,
     "H levanter": SophiaH.levanter,
 }
@@ -105,10 +104,9 @@ def levanter_loop(h_hats, lr, gamma):
         (SophiaG.paper, H_HATS[SophiaG], 0.05, algorithm_3),
         (SophiaH.paper, H_HATS[SophiaH], 0.01, algorithm_3),
         (SophiaG.authors, H_HATS[SophiaG], 0.05, authors_loop),
-        (SophiaH.authors, H_HATS[SophiaG], 0.01, authors_loop),
         (SophiaH.levanter, H_HATS[SophiaH], 0.01, levanter_loop),
     ],
-    ids=["G paper", "H paper", "G authors", "H authors", "H levanter"],
+    ids=["G paper", "H paper", "G authors", "H levanter"],
 )
 def test_a_preset_is_the_loop_that_it_is_named_after(make, h_hats, rho, loop):
     *found, win_rates = follow(make(learning_rate=0.05), h_hats)
@@ -164,10 +162,9 @@ def quadratic(w):
         (SophiaH, True),
         (SophiaH.optax, True),
         (SophiaH.paper, False),
-        (SophiaH.authors, False),
         (SophiaH.levanter, False),
     ],
-    ids=["default", "optax", "paper", "authors", "levanter"],
+    ids=["default", "optax", "paper", "levanter"],
 )
 def test_probes_of_the_presets(make, rademacher):
     """On a separable quadratic u * (H u) is a u^2: the diagonal itself for signs, never for normal numbers."""

@@ -110,15 +110,6 @@ class SophiaH(AbstractSophia):
         )
 
     @staticmethod
-    def authors(**overrides: Any) -> ReproducedSophia:
-        """Combine the authors' update with Hutchinson's estimator. The authors' code does not include Sophia-H.
-
-        The denominator rho h + eps reverses the step where h is negative.
-        """
-        given = _AUTHORS | {"estimator": Hutchinson("gaussian"), "gradient_transform": _clip()} | overrides
-        return _reproduced(0.01, {"allow_reversed": True} | given)
-
-    @staticmethod
     def optax(**overrides: Any) -> ReproducedSophia:
         """Match `optax.contrib.sophia` 0.2.8: uncorrected h, refreshes after updates, eps 1e-8, weight decay 1e-4."""
         settings: dict[str, Any] = {"b1": 0.965, "b2": 0.99, "eps": 1e-8, "weight_decay": 1e-4, "interval": 10}
@@ -145,13 +136,12 @@ class ReproducedSophia(AbstractSophia):
     """Sophia with settings that reproduce other implementations. All other arguments are those of `AbstractSophia`.
 
     Args:
-        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which reverses the step where rho h < -eps.
+        denominator: `max` for max(rho h, eps); `add` for rho h + eps, which would reverse the step where h is negative.
         refresh_order: whether an estimate passed to `update` refreshes h `before` or `after` the step is computed.
         first_refresh: the first step at which a refresh is due.
-        allow_reversed: whether `add` may be combined with an estimator for which `signed` is True.
 
     Raises:
-        ValueError: if `denominator` is `add` and the estimates may be negative, unless `allow_reversed` is True.
+        ValueError: if `denominator` is `add` and the estimates may be negative.
     """
 
     choices: Choices = eqx.field(static=True)
@@ -163,7 +153,6 @@ class ReproducedSophia(AbstractSophia):
         denominator: str = "max",
         refresh_order: str = "before",
         first_refresh: int = 0,
-        allow_reversed: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -171,7 +160,7 @@ class ReproducedSophia(AbstractSophia):
         check_choice("denominator", denominator, DENOMINATORS)
         check_choice("refresh_order", refresh_order, REFRESH_ORDERS)
         check_count("first_refresh", first_refresh, low=0)
-        if denominator == "add" and getattr(self.estimator, "signed", False) and not allow_reversed:
+        if denominator == "add" and getattr(self.estimator, "signed", False):
             raise ValueError(
                 f"denominator is 'add', but {type(self.estimator).__name__}'s estimates may be negative, "
                 "which can reverse the step; use 'max'"
