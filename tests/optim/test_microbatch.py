@@ -48,24 +48,12 @@ def test_under_jit():
     np.testing.assert_array_equal(split, ROWS[:6].reshape(2, 3, 2))
 
 
-@pytest.mark.parametrize("size", [4, 8])
-def test_microbatches_that_divide_over_the_devices(size):
-    split, _ = split_microbatches(np.zeros((16, 1)), size, fraction=0.1, num_devices=4)
-    assert split.shape == (1, size, 1)
-
-
 @pytest.mark.parametrize(
     ("batch", "settings", "message"),
     [
         (ROWS, {"microbatch_size": 5}, "microbatch_size is 5; it must divide the 12 rows"),
         (ROWS, {"microbatch_size": 0}, "microbatch_size is 0; it must be an integer of at least 1"),
         (ROWS, {"microbatch_size": 2.0}, "microbatch_size is 2.0; it must be an integer"),
-        (
-            ROWS,
-            {"microbatch_size": 6, "num_devices": 4},
-            r"microbatch_size is 6; it must be a multiple of num_devices \(4\)",
-        ),
-        (ROWS, {"microbatch_size": 2, "num_devices": 0}, "num_devices is 0; it must be an integer of at least 1"),
         (ROWS, {"microbatch_size": 2, "fraction": 0}, r"fraction is 0; it must be in \(0, 1\]"),
         (ROWS, {"microbatch_size": 2, "fraction": 1.5}, r"fraction is 1.5; it must be in \(0, 1\]"),
         (ROWS, {"microbatch_size": 2, "fraction": np.nan}, r"fraction is nan; it must be in \(0, 1\]"),

@@ -18,20 +18,17 @@ from sophia_levanter.optim._checks import check_count, check_key, check_paramete
 from sophia_levanter.optim._trees import all_finite, is_named, trainable, upcast, wide_dtype
 
 
-def split_microbatches(
-    batch: PyTree, microbatch_size: int, *, fraction: float = 1.0, num_devices: int = 1
-) -> tuple[PyTree, float]:
+def split_microbatches(batch: PyTree, microbatch_size: int, *, fraction: float = 1.0) -> tuple[PyTree, float]:
     """Split the first part of a batch into microbatches, for an estimator or `value_grad_and_curvature`.
 
     Args:
         batch: any pytree of arrays or NamedArrays whose first axis is the row axis, with the same size in all of them.
         microbatch_size: number of rows in a microbatch; it must divide the number of rows in the batch.
         fraction: the fraction of the batch to keep, in (0, 1], rounded to whole microbatches (at least one).
-        num_devices: number of devices over which the rows will be sharded; it must divide `microbatch_size`, so that
-            every device has rows. Shard the result as [None, devices].
 
     Returns:
-        The same tree with arrays [microbatch, row, ...], and the fraction of the batch that it contains.
+        The same tree with arrays [microbatch, row, ...], and the fraction of the batch that it contains. To use several
+        devices, shard the rows.
 
     Raises:
         ValueError: if the sizes do not divide evenly, or the fraction is out of range.
@@ -41,16 +38,13 @@ def split_microbatches(
         >>> microbatches["x"].shape, share
         ((2, 2, 3), 0.5)
     """
-    microbatch_size, num_devices = whole_number(microbatch_size), whole_number(num_devices)
+    microbatch_size = whole_number(microbatch_size)
     check_count("microbatch_size", microbatch_size)
-    check_count("num_devices", num_devices)
     if not isinstance(fraction, Real) or not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction!r}; it must be in (0, 1]")
     rows = _common_length("the batch", batch, "rows")
     if rows % microbatch_size:
         raise ValueError(f"microbatch_size is {microbatch_size}; it must divide the {rows} rows in the batch")
-    if microbatch_size % num_devices:
-        raise ValueError(f"microbatch_size is {microbatch_size}; it must be a multiple of num_devices ({num_devices})")
     whole = rows // microbatch_size
     used = max(1, round(fraction * whole))
 
