@@ -236,7 +236,7 @@ class SophiaConfig(OptimizerConfig):
         raise not_defined(self, "build_estimator")
 
     def curvature_microbatches(self, trainer: TrainerConfig) -> tuple[int, int]:
-        size = self.curvature_microbatch_size or trainer.microbatch_size or trainer.batch_size
+        size = self.curvature_microbatch_size or trainer.gradient_microbatch_size
         return max(1, round(self.curvature_batch_fraction * trainer.batch_size / size)), size
 
     @property

@@ -290,7 +290,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def _hutchinsons_microbatch(config: TrainConfig, partition: Partition, vocab_size: int, plain: StepPlan) -> str:
     """Describe the largest `curvature_microbatch_size` whose refresh step stays within `REFRESH_RATIO`."""
     trainer, optimizer = config.trainer, config.optimizer
-    rows = trainer.microbatch_size or trainer.batch_size
+    rows = trainer.gradient_microbatch_size
     sizes = [n for n in range(partition.row_shards, rows + 1, partition.row_shards) if rows % n == 0]
     ratios = {}
 

@@ -168,7 +168,7 @@ def activation_bytes(config: TrainConfig, partition: Partition, vocab_size: int)
     The count covers the device's rows and positions, and assumes that heads and the MLP are not sharded.
     """
     trainer, model_config = config.trainer, config.model
-    rows = (trainer.microbatch_size or trainer.batch_size) // partition.row_shards
+    rows = trainer.gradient_microbatch_size // partition.row_shards
     positions = model_config.seq_len // partition.mesh.shape["sequence"]
     policy = StepSettings.of(config).policy
     model = abstract_model(model_config, vocab_size)

@@ -189,7 +189,7 @@ class Run:
             name: ValidationBatches(
                 tokens,
                 seq_len=seq_len,
-                batch_size=trainer.microbatch_size or trainer.batch_size,
+                batch_size=trainer.gradient_microbatch_size,
                 max_sequences=trainer.evaluation_windows,
                 name=name,
             )
