@@ -244,7 +244,6 @@ class AbstractSophia(eqx.Module):
         """
         params = trainable(model)
         check_state(self, state)
-        check_same_structure("grads", grads, params)
         check_same_structure("state.momentum", state.momentum, params)
         grads, gradient_state, finite = prepared_gradient(
             self.gradient_transform, grads, state.gradient_state, params, finite
