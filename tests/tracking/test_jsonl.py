@@ -20,9 +20,10 @@ def test_a_line_a_step(tmp_path):
     lines.log(0, {"train/loss": 2.5})
     # Readable before the file is closed: a run may be watched, or die.
     assert records(path) == [{"step": 0, "train/loss": 2.5}]
-    lines.log(1, {"train/loss": math.nan, "train/grad_norm": math.inf})
+    # The reader takes a number as large as the last one for damage.
+    lines.log(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "tasks/a/perplexity": 1e200})
     lines.close()
-    assert records(path)[1] == {"step": 1, "train/loss": None, "train/grad_norm": None}
+    assert records(path)[1] == {"step": 1, "train/loss": None, "train/grad_norm": None, "tasks/a/perplexity": None}
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from sophia_levanter import checkpoint
 from sophia_levanter.batch import batch_from_sequences
@@ -97,7 +98,7 @@ def averaging(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("averaging")
     config = write_config(folder, write_text(folder))
     command = ["--config", str(config), "--trainer.run_dir", str(folder / "run"), *request.param]
-    command += ["--optimizer.type", "adamw"]
+    command += ["--optimizer.type", "adamw", "--trainer.parameter_dtype", "bfloat16"]
     assert main(command) == 0
     shutil.rmtree(folder / "run/checkpoints/step-00000012")
     assert main([*command, "--resume", "auto"]) == 0
@@ -119,8 +120,12 @@ def test_commands_read_it(averaging, tmp_path, capfd):
         out = capfd.readouterr().out
         assert f"loss           {metrics(averaging, f'validation/{name}')[11]:.4f} nats per token" in out
         assert ("averaged weights" in out) is bool(flags)
-    assert export.main([str(averaging), str(tmp_path / "exported"), "--averaged"]) == 0
+    exported = tmp_path / "exported"
+    assert export.main([str(averaging), str(exported), "--averaged", "--dtype", "float32"]) == 0
     assert "averaged weights" in capfd.readouterr().out
+    # The average is kept in float32, although the parameters are in bfloat16.
+    weights = load_file(exported / "model.safetensors").values()
+    assert any((x != np.asarray(x.astype(jnp.bfloat16), np.float32)).any() for x in weights)
     assert sample.main([str(averaging), "--averaged", "--tokens", "3"]) == 0
 
 

@@ -1,6 +1,7 @@
 """Registered metrics and callbacks that are not what they should be."""
 
 import json
+import math
 import shutil
 from typing import ClassVar
 from unittest.mock import MagicMock
@@ -14,7 +15,8 @@ from sophia_levanter.config.registries import CALLBACKS, METRICS
 from sophia_levanter.config.trainer import TrainerConfig
 from sophia_levanter.errors import InputError
 from sophia_levanter.main import main
-from sophia_levanter.training.callbacks import Callback, Monitor, RegisteredCallback, build_callbacks
+from sophia_levanter.training.callbacks import Callback, Evaluating, Monitor, Pause, RegisteredCallback, build_callbacks
+from sophia_levanter.training.evaluation import Evaluation
 from sophia_levanter.training.metrics import StepTrees, measure, scalars
 
 
@@ -159,3 +161,15 @@ def test_a_slow_callback_is_not_taken_for_a_stuck_step():
         watchdog.reset_mock()
         getattr(callback, method)(*arguments)
         watchdog.pause.assert_called_once_with()
+
+
+def test_an_evaluation_that_is_nan_is_logged():
+    """Without it, the evaluation before would seem to be the last."""
+    monitor = Monitor(MagicMock(), MagicMock(), MagicMock())
+    monitor.trackers.last = {}
+    evaluation = Evaluation(math.nan, math.nan, 10, 0)
+    evaluating = Evaluating(TrainerConfig(), monitor, lambda *_: evaluation, [])
+    evaluating.on_pause(Pause(7, MagicMock(average=None), lambda: False))
+    ((step, numbers), _) = monitor.trackers.log.call_args
+    assert step == 6 and list(numbers) == ["validation/loss"] and math.isnan(numbers["validation/loss"])
+    assert evaluating.best is None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sophia_levanter.commands import evaluate
+from sophia_levanter.config.mesh import MeshConfig
 from sophia_levanter.config.trainer import TASKS, TaskConfig, TrainerConfig
 from sophia_levanter.data.tokenizer import ByteTokenizer
 from sophia_levanter.errors import InputError
@@ -76,6 +77,7 @@ def test_formats(task, record, item, write):
         ("piqa", json.dumps(PIQA | {"label": 2}), "line 1 is not a valid piqa item: its answer has no text"),
         ("arc", json.dumps(PIQA), "line 1 is not a valid arc item: KeyError('question')"),
         ("arc", json.dumps(ARC | {"answerKey": "Z"}), "line 1 is not a valid arc item: ValueError"),
+        ("arc", "[" * 100_000, "line 1 is not a valid arc item: RecursionError"),
         ("lambada", '"text"', "line 1 is not a valid lambada item: TypeError"),
     ],
 )
@@ -85,6 +87,13 @@ def test_a_bad_file_is_one_line(task, text, problem, tmp_path):
     with pytest.raises(InputError) as error:
         read_items(task, path)
     assert str(error.value).startswith(f"--file {path}: {problem}")
+
+
+def test_characters_that_end_lines_elsewhere_do_not_end_items(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(PIQA | {"goal": "Open\u2028a jar"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (item,) = read_items("piqa", path)
+    assert item.context == "Question: Open\u2028a jar\nAnswer:"
 
 
 @jax.jit
@@ -109,8 +118,8 @@ def log_probabilities(model, context, choice, seq_len):
 
 
 def test_scores_are_those_of_each_text_by_itself(make_model):
-    """Some texts are longer than the context, one choice is longer than that by itself."""
-    model = make_model(vocab_size=257, seq_len=24)
+    """Some texts are longer than the context."""
+    model = make_model(vocab_size=257, seq_len=28)
     rng = np.random.default_rng(0)
     words = ["ice", "a lid", "window", "it melts", "nobody knows why it did not"]
     items = [
@@ -119,13 +128,38 @@ def test_scores_are_those_of_each_text_by_itself(make_model):
     ]
     right = normalized = 0
     for item in items:
-        sums = np.array([sum(log_probabilities(model, item.context, choice, 24)[0]) for choice in item.choices])
+        sums = np.array([sum(log_probabilities(model, item.context, choice, 28)[0]) for choice in item.choices])
         right += np.argmax(sums) == item.answer
         normalized += np.argmax(sums / [len(choice) - 1 for choice in item.choices]) == item.answer
     partition = partition_of()
     scorer = TaskScorer(ByteTokenizer(), partition, jmp.get_policy("float32"))
     assert scorer(items, partition.place(model)) == TaskResult(20, right / 20, normalized / 20)
     assert 0 < right < 20 and right != normalized
+
+
+def test_a_choice_longer_than_the_context_is_refused(make_model):
+    """Only its end could be scored, which has a higher probability than all of it."""
+    scorer = TaskScorer(ByteTokenizer(), partition_of(devices=jax.devices()[:1]), jmp.get_policy("float32"))
+    with pytest.raises(InputError) as error:
+        scorer([Item("Why?", (" no", " nobody knows why it did not"))], make_model(vocab_size=257, seq_len=24))
+    assert str(error.value) == "model.seq_len is 24, but a choice of a task has 28 tokens; use a longer context"
+
+
+def test_a_model_that_computes_nan_has_no_scores(make_model):
+    model = jax.tree.map(lambda x: x * jnp.nan, make_model(vocab_size=257, seq_len=24))
+    scorer = TaskScorer(ByteTokenizer(), partition_of(devices=jax.devices()[:1]), jmp.get_policy("float32"))
+    assert math.isnan(scorer([Item("Why?", (" no", " yes"))], model).accuracy)
+    assert math.isnan(scorer([Item("He was", (" gone",))], model).accuracy)
+
+
+def test_rows_are_split_over_devices_by_position(make_model):
+    """Rows of 32 tokens would not divide over three devices."""
+    model, item = make_model(vocab_size=257, seq_len=96), Item("Why?", (" no", " yes"))
+    scores = [
+        TaskScorer(ByteTokenizer(), partition, jmp.get_policy("float32"))([item], partition.place(model))
+        for partition in [partition_of(MeshConfig(sequence=n), jax.devices()[:n]) for n in (1, 3)]
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_last_words(make_model):

@@ -154,7 +154,7 @@ def _restored(
         )
     _check_tokenizer(directory, shown, tokenizer, wanted.step)
     partition = _partition(config, tokenizer)
-    policy = jmp.get_policy(config.trainer.parameter_dtype)
+    policy = jmp.get_policy("float32" if wanted.averaged else config.trainer.parameter_dtype)
 
     def made() -> LanguageModel:
         model = config.model.build(vocab_size=tokenizer.vocab_size, key=jax.random.key(0))

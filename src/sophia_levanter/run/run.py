@@ -74,7 +74,7 @@ from sophia_levanter.training.loop import BatchLoader, Loop
 from sophia_levanter.training.metrics import check_results
 from sophia_levanter.training.step import StepSettings, TrainState, first_state, initial_state
 from sophia_levanter.training.stopping import StopRequest, Watchdog
-from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks
+from sophia_levanter.training.tasks import Scoring, TaskScorer, read_tasks, rows_of
 
 # Time limit, in seconds, for optional trackers to finish after a signal has stopped the run.
 STOPPED_SECONDS = 10.0
@@ -174,6 +174,8 @@ class Run:
                 check_results(self.settings.metrics, state)
         self.data = prepare(text, console.line, warn=console.notice)
         check_mesh(config, mesh.size, self.data.tokenizer.vocab_size)
+        for items in self.tasks.values():
+            rows_of(items, self.data.tokenizer, seq_len)  # raises an error if they do not fit
         corpora = [self.data.train, *self.data.validation_sets.values()]
         for corpus in corpora:
             corpus.read(0, 1)  # loads in-memory corpora completely, before the run directory exists

@@ -40,7 +40,7 @@ class JsonLines:
             OSError: if the metrics cannot be written, or the file has been removed or renamed.
         """
         self._check_not_removed()
-        record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        record = {"step": step} | {k: v if abs(v) <= LARGEST else None for k, v in metrics.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

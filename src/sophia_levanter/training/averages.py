@@ -23,6 +23,7 @@ def averages(
 
     `state` is the state before the step, `model` has the parameters after it, and `good` is False for a skipped step.
     """
+    model = jax.tree.map(_as_stored, model)
     if settings.lawa_interval is not None:
         return _mean_of_latest(settings.lawa_interval, state, model)
     return _moving_average(settings.ema_decay, state, model, good), ()
@@ -61,6 +62,12 @@ def _mean_of_latest(interval: int, state: TrainState, model: LanguageModel) -> t
         return select(taken > 0, state.average, jax.tree.map(upcast, model)), state.snapshots
 
     return jax.lax.cond(step % interval == 0, take, keep)
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+    """Round a parameter to its dtype. Without this, XLA may pass on a sum from before it is rounded to bfloat16."""
+    precision = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
 
 
 def _is_taken(snapshot: LanguageModel) -> jax.Array:

@@ -314,7 +314,8 @@ class Evaluating(Callback):
             for callback in self.registered:
                 numbers |= callback.on_evaluation(pause, evaluation)
         finally:
-            trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v)})
+            # Bits per byte may be undefined, but a loss that is NaN is a result.
+            trackers.log(done - 1, {k: v for k, v in numbers.items() if not math.isnan(v) or k.endswith("loss")})
             trackers.last |= numbers
         names = (*self.config.metrics, *self.config.callbacks)
         self.monitor.console.rows(metric_rows(names, trackers.last))

@@ -147,7 +147,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
             message names the line and `field`, the setting that specifies the file.
     """
     try:
-        lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
+        lines = read_regular(path, MOST_BYTES).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{field} {path} cannot be read: {error}") from None
     items = []
@@ -156,7 +156,7 @@ def read_items(task: str, path: Path, field: str = "--file") -> list[Item]:
             continue
         try:
             item = _FORMATS[task](json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise InputError(f"{field} {path}: line {number} is not a valid {task} item: {error!r}") from None
         if not 0 <= item.answer < len(item.choices) or not all(choice.strip() for choice in item.choices):
             raise InputError(f"{field} {path}: line {number} is not a valid {task} item: its answer has no text")
@@ -184,10 +184,16 @@ class TaskScorer:
     def __call__(
         self, items: Sequence[Item], model: LanguageModel, on_progress: Callable[[], None] = lambda: None
     ) -> TaskResult:
-        """Score a model on the items of one task. Inputs longer than the model's context are truncated on the left."""
-        seq_len = model.config.seq_len
-        rows = [_row(item.context, choice, self.tokenizer, seq_len) for item in items for choice in item.choices]
-        found = list(self._log_probabilities(rows, model, on_progress))
+        """Score a model on the items of one task. Contexts are truncated on the left to fit the model's context.
+
+        If the model computes a NaN, so are the scores.
+
+        Raises:
+            InputError: if a choice is longer than the model's context.
+        """
+        found = list(self._log_probabilities(rows_of(items, self.tokenizer, model.config.seq_len), model, on_progress))
+        if any(math.isnan(log) for log, _ in found):
+            return TaskResult(len(items), math.nan)
         if all(len(item.choices) == 1 for item in items):
             accuracy = np.mean([greedy for _, greedy in found])
             with np.errstate(over="ignore"):
@@ -210,6 +216,7 @@ class TaskScorer:
         longest = max(len(row.tokens) for row in rows) - 1
         # Models from plug-ins may have no attention.
         step = SPLASH_STEP if getattr(model.config, "attention", None) == "splash" else LENGTH_STEP
+        step = math.lcm(step, self.partition.mesh.shape["sequence"])
         length = min(-(-longest // step) * step, model.config.seq_len)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -227,6 +234,20 @@ class TaskScorer:
             on_progress()
 
 
+def rows_of(items: Sequence[Item], tokenizer: Tokenizer, seq_len: int) -> list[_Row]:
+    """Encode every choice of every item.
+
+    Raises:
+        InputError: if a choice has more than `seq_len` tokens, because a part of it cannot be compared with the others.
+    """
+    rows = [_row(item.context, choice, tokenizer, seq_len) for item in items for choice in item.choices]
+    if (longest := max(row.length for row in rows)) > seq_len:
+        raise InputError(
+            f"model.seq_len is {seq_len}, but a choice of a task has {longest} tokens; use a longer context"
+        )
+    return rows
+
+
 def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
     """Encode the context and the choice together, because tokens may span the boundary.
 
@@ -238,8 +259,7 @@ def _row(context: str, choice: str, tokenizer: Tokenizer, seq_len: int) -> _Row:
     if not len(before):
         whole = np.concatenate([[tokenizer.end_of_text], whole])
         before = whole[:1]
-    length = min(len(whole) - len(before), seq_len)
-    return _Row(whole[-(seq_len + 1) :].astype(np.int32), length)
+    return _Row(whole[-(seq_len + 1) :].astype(np.int32), len(whole) - len(before))
 
 
 @eqx.filter_jit
