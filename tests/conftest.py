@@ -28,14 +28,16 @@ flags = [
 if version("jaxlib").startswith("0.10."):
     # Tests compile in a third of the time. jaxlib 0.11.1 and later have no other emitters, and end at a flag they do
     # not know.
-    flags.append("--xla_cpu_use_fusion_emitters=false")
+    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 # Workers, and the processes that tests start, share what they compile; one that is killed may leave half a program, so
 # nothing stays for the next time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# jax stores where each operation was traced; pytest's calls are deep.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 # Where libtpu is installed to compile for TPUs, jax would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices that each decompose a matrix would wait for each other's LAPACK threads, thirty times as long.
@@ -50,6 +52,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TESTS = Path(__file__).parent
 STATM = Path("/proc/self/statm")
 MOST_BYTES = 2_500_000_000
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector pass over what was imported, and run less often: tracing creates many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_make_parametrize_id(val):
