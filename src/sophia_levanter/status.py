@@ -19,6 +19,7 @@ from sophia_levanter.errors import InputError, one_line
 DONE = 0
 FAILURE = 1
 BAD_INPUT = 2
+UNAVAILABLE = 69  # machines are missing, as in sysexits.h
 PREEMPTED = 75  # stopped, after saving the state if there was any
 INTERRUPTED = 130
 

@@ -60,6 +60,15 @@ def test_what_is_refused_once_the_run_has_trained_is_a_failure():
     assert (outcome.kind, outcome.tail) == ("failed", ["tail"])
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_machines_that_are_missing_are_not_a_crash(has_begun):
+    failures = [Failure("unavailable", "no nodes were found")]
+    ending = Ending([69], 69, "ray", ["tail"], failures=failures)
+    outcome = ending.outcome(told_to_stop=False, has_begun=has_begun)
+    assert (outcome.kind, outcome.reason, outcome.tail) == ("unavailable", "no nodes were found", ())
+    assert ending.outcome(told_to_stop=True, has_begun=has_begun).kind == "stopped"
+
+
 def failed_at(step):
     return Outcome("failed", "because", None if step is None else Progress(step))
 

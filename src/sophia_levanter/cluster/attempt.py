@@ -18,7 +18,7 @@ from sophia_levanter.cluster.backend import HostCommand
 from sophia_levanter.cluster.host import kill_group, start_process
 from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import DirectoryInUse
-from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, Failure, Progress, read_status
+from sophia_levanter.status import BAD_INPUT, DONE, PREEMPTED, UNAVAILABLE, Failure, Progress, read_status
 
 _LABELLED = re.compile(r" *(\d+): (.*)")
 TAIL_LINES = 20
@@ -86,6 +86,8 @@ class Ending:
         if all_well:
             saved = " and was saved" if self.progress else ""
             return self._outcome("preempted", f"the run was asked to stop{saved}")
+        if self.statuses == [UNAVAILABLE]:
+            return self._outcome("unavailable", self.failures[-1].message if self.failures else "machines are missing")
         if self.first == PREEMPTED:
             return self._outcome("preempted", f"{self.culprit} was asked to stop; {RESUMES}")
         if not ended or any(status != BAD_INPUT for status in ended):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
@@ -67,12 +68,12 @@ def test_nodes_that_were_taken_away_are_avoided_from_then_on(tmp_path):
     job = job_in(tmp_path)
     backend = RayBackend(RayCluster(workers=2))
     _, order = order_of(job, backend, 1)
-    assert not backend.was_preempted()
+    assert not backend.was_preempted() and not order["has_begun"]
     with open(order["lost_file"], "w") as file:
         json.dump(["node-1"], file)
     assert backend.was_preempted()
     _, order = order_of(job, backend, 2)
-    assert order["lost_nodes"] == ["node-1"]
+    assert order["lost_nodes"] == ["node-1"] and order["has_begun"]
     assert not backend.was_preempted()
 
 
@@ -168,15 +169,59 @@ def test_a_preemption_that_came_without_notice(wrap, tmp_path):
     assert not (tmp_path / "lost").exists()
 
 
-def test_an_address_where_nothing_answers_is_bad_input(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def ray_environment(monkeypatch):
+    """Undoes what a driver sets."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     for name in ("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
-    (tmp_path / "order").write_text(json.dumps({"cluster": {"workers": 1}}))
+
+
+@pytest.mark.parametrize(("has_begun", "status"), [(False, 2), (True, 69)])
+def test_a_cluster_whose_head_does_not_answer(has_begun, status, ray_environment, tmp_path, capsys, monkeypatch):
+    (tmp_path / "order").write_text(json.dumps({"cluster": {"workers": 1}, "has_begun": has_begun}))
 
     def refuse(**options):
         raise ConnectionError("Could not find any running Ray\ninstance")
 
     monkeypatch.setattr("ray.init", refuse)
-    assert driver.main(tmp_path / "order") == 2
+    assert driver.main(tmp_path / "order") == status
     assert capsys.readouterr().out == "error: address auto: Could not find any running Ray\n"
+
+
+def test_nodes_that_do_not_come(ray_environment, tmp_path, capsys, monkeypatch):
+    class Waiting:
+        def __init__(self, trainer):
+            self.error = None
+
+        def start(self):
+            pass
+
+        def is_alive(self):
+            return True
+
+        def join(self, timeout):
+            pass
+
+    class Local:
+        """A board in this process, called as an actor is."""
+
+        def __init__(self, board):
+            self.board = board
+
+        def __getattr__(self, name):
+            return SimpleNamespace(remote=getattr(self.board, name))
+
+    actors = SimpleNamespace(remote=lambda *arguments: Local(Board(*arguments)))
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.remote", lambda **options: lambda kind: actors)
+    monkeypatch.setattr("ray.get", lambda result: result)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(driver, "_trainer", lambda *arguments: None)
+    monkeypatch.setattr(driver, "_Fit", Waiting)
+    monkeypatch.setattr(driver.signal, "signal", lambda *arguments: None)
+    order = {"cluster": {"workers": 1, "start_timeout": 1}, "has_begun": False, "lost_file": str(tmp_path / "lost")}
+    (tmp_path / "order").write_text(json.dumps(order))
+    assert driver.main(tmp_path / "order") == 69
+    message = "no nodes were found for the run's workers within 1 s (start_timeout)"
+    assert capsys.readouterr().out == f"error: {message}\n"

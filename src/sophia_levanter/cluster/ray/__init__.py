@@ -60,7 +60,6 @@ class RayBackend(Backend):
 
     def commands(self, job: Job, attempt: int) -> list[HostCommand]:
         """Return a single command, which runs the driver."""
-        self._has_begun = True
         directory = job.attempt_directory(attempt)
         if self._lost_file.exists():
             self._lost_nodes |= set(json.loads(self._lost_file.read_text()))
@@ -68,10 +67,12 @@ class RayBackend(Backend):
         order = {
             "cluster": {field.name: getattr(self._cluster, field.name) for field in fields(RayCluster)},
             "config": job.config_file.read_text(),
+            "has_begun": self._has_begun,
             "lost_nodes": sorted(self._lost_nodes),
             "lost_file": str(self._lost_file),
             "storage": str(job.directory / "ray"),
         }
+        self._has_begun = True
         order_file = directory / "ray.json"
         order_file.write_text(json.dumps(order))
         words = [sys.executable, "-u", "-m", "sophia_levanter.cluster.ray.driver", str(order_file)]

@@ -1,7 +1,8 @@
 """`python -m sophia_levanter.cluster.ray.driver ORDER`: run one attempt on a Ray cluster with Ray Train.
 
 The output of the processes is printed, with each line prefixed by the process number. The exit status is 0 if the run
-is done, 1 on failure, 2 on bad input, and 75 if the run saved and exited after a stop request or a preemption.
+is done, 1 on failure, 2 on bad input, 69 if nodes are missing, and 75 if the run saved and exited after a stop request
+or a preemption.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.tpu import get_tpu_slice_name_from_node
 
+from sophia_levanter.cluster.backend import Unavailable
 from sophia_levanter.cluster.config import RayCluster
 from sophia_levanter.cluster.ray.worker import Board, run_host
 from sophia_levanter.errors import InputError
 from sophia_levanter.planning.target import GENERATIONS, TpuShape
-from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, PREEMPTED, report_failure
+from sophia_levanter.status import BAD_INPUT, DONE, FAILURE, PREEMPTED, UNAVAILABLE, report_failure
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0
@@ -62,10 +64,9 @@ def main(order_file: Path) -> int:
             logging_level=logging.WARNING,
         )
     except ConnectionError as error:
-        message = f"address {cluster.address}: {str(error).splitlines()[0]}"
-        print(f"error: {message}", flush=True)
-        report_failure(InputError.reason, message)
-        return BAD_INPUT
+        # Once the run has begun, the cluster's head may come back.
+        status = UNAVAILABLE if order["has_begun"] else BAD_INPUT
+        return _reported(f"address {cluster.address}: {str(error).splitlines()[0]}", status)
     # Replace Ray's own handler, which ends the process immediately.
     signal.signal(signal.SIGTERM, note)
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
@@ -75,7 +76,10 @@ def main(order_file: Path) -> int:
     if fence is not None and (fenced := fence.update()):
         print(f"excluded slices that lack a host or are about to lose one: {', '.join(fenced)}", flush=True)
     fit.start()
-    seen = _follow(fit, board, fence, cluster, told)
+    try:
+        seen = _follow(fit, board, fence, cluster, told)
+    except Unavailable as error:
+        return _reported(str(error), UNAVAILABLE)
     return exit_status(fit.error, seen, cluster.num_processes, Path(order["lost_file"]))
 
 
@@ -195,7 +199,11 @@ def _trainer(cluster: RayCluster, order: dict[str, Any], board: Any) -> JaxTrain
 
 
 def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, told: list[int]) -> dict[str, Any]:
-    """Print lines until the attempt is over, and return the final state of the board."""
+    """Print lines until the attempt is over, and return the final state of the board.
+
+    Raises:
+        Unavailable: if no worker starts within `start_timeout`.
+    """
     began = fenced = time.monotonic()
     first_ended: float | None = None
     seen: dict[str, Any] = {"statuses": {}, "lost_nodes": [], "hosts": 0}
@@ -213,11 +221,9 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
             ray.get(board.stop.remote())
         now = time.monotonic()
         if not seen["hosts"] and now > began + cluster.start_timeout:
-            print(
-                f"no nodes were found for the run's workers within {cluster.start_timeout} s (start_timeout)",
-                flush=True,
+            raise Unavailable(
+                f"no nodes were found for the run's workers within {cluster.start_timeout} s (start_timeout)"
             )
-            return seen
         if fence is not None and now > fenced + FENCE_SECONDS:
             fence.update()
             fenced = now
@@ -229,6 +235,12 @@ def _follow(fit: _Fit, board: Any, fence: Fence | None, cluster: RayCluster, tol
             )
             return seen
         fit.join(timeout=POLL_SECONDS)
+
+
+def _reported(message: str, status: int) -> int:
+    print(f"error: {message}", flush=True)
+    report_failure(InputError.reason if status == BAD_INPUT else "unavailable", message)
+    return status
 
 
 def exit_status(error: Exception | None, seen: dict[str, Any], num_processes: int, lost_file: Path) -> int:
