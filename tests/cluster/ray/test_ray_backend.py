@@ -53,9 +53,10 @@ def test_a_secret_must_be_there(tmp_path, monkeypatch):
         backend.prepare(job_in(tmp_path), 1, print, lambda: False)
 
 
-def test_an_address_where_nothing_listens(tmp_path):
+@pytest.mark.parametrize("host", ["127.0.0.1", "ray..head"])
+def test_an_address_where_nothing_listens(host, tmp_path):
     job = job_in(tmp_path)
-    backend = RayBackend(RayCluster(workers=2, address=f"127.0.0.1:{free_port()}"))
+    backend = RayBackend(RayCluster(workers=2, address=f"{host}:{free_port()}"))
     with pytest.raises(InputError, match="no response; start the cluster first"):
         backend.prepare(job, 1, print, lambda: False)
     # Once the run has begun there, its head may come back.

@@ -87,6 +87,6 @@ def _answers(host: str, port: int) -> bool:
     """Return whether a port is open. Ray itself would retry for minutes."""
     try:
         socket.create_connection((host.strip("[]"), port), timeout=CONNECT_SECONDS).close()
-    except OSError:
+    except (OSError, UnicodeError):  # a host name such as a..b cannot be encoded
         return False
     return True
