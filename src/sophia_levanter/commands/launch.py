@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_levanter.cluster.backend import Job
+from sophia_levanter.cluster.backend import Job, Unavailable
 from sophia_levanter.cluster.config import ClusterConfig, Submission, read_cluster
 from sophia_levanter.cluster.record import LaunchRecord
 from sophia_levanter.cluster.supervisor import Supervisor
@@ -228,7 +228,11 @@ def _stop(words: Sequence[str]) -> int:
     record, _ = _record(words)
     if not record.is_held:
         if job := active_job(record.directory):
-            ask("scancel", job[0])
+            try:
+                ask("scancel", job[0])
+            except Unavailable as error:
+                print(one_line(f"error: {error}"), file=sys.stderr)
+                return FAILURE
             print(f"cancelled Slurm job {job[0]} before it started")
         else:
             print("nothing is running", flush=True)

@@ -180,6 +180,14 @@ def test_job_in_the_queue_is_cancelled_by_stop(state: str, slurm_commands: Path,
     assert "contains no launched run" in capsys.readouterr().err
 
 
+def test_job_that_cannot_be_cancelled(slurm_commands: Path, slurm_run: Job, tmp_path: Path, capsys):
+    (slurm_run.directory / "slurm_job").write_text("100")
+    (slurm_commands / "job-100").write_text("PENDING")
+    (tmp_path / "bin" / "scancel").write_text("#!/bin/sh\necho 'scancel: error: no response' >&2\nexit 1\n")
+    assert launch.main(["stop", str(slurm_run.run_dir)]) == 1
+    assert capsys.readouterr() == ("", "error: scancel: no response\n")
+
+
 def test_cancelled_job_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
     said: list[str] = []
     assert (
