@@ -157,9 +157,13 @@ def _launch(launch: Launch) -> int:
 
 def _submit(launch: Launch, submission: Submission) -> int:
     """Submit the job, and wait for it to end. The first node of the job runs its own launcher."""
+    from sophia_levanter.cluster.slurm.job import active_job
+
     job = launch.job
     if launch.dry_run:
         return _print(submission.describe())
+    if found := active_job(job.directory):
+        raise InputError(f"Slurm job {found[0]} is {found[1]}; run launch stop {job.run_dir} first")
     with LaunchRecord(job.directory).held():
         write_atomically(job.config_file, dump_config(launch.config).encode())
     return submission.submit(_say)

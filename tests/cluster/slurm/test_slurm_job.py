@@ -165,6 +165,25 @@ def test_stopped_run_is_not_queued_again(slurm_commands: Path, slurm_run: Job):
     assert not (slurm_commands / "requeued").exists()
 
 
+def test_run_whose_job_waits_is_not_submitted_again(
+    slurm_commands: Path, slurm_run: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    config, cluster = tmp_path / "config.yaml", tmp_path / "slurm.yaml"
+    config.write_text("optimizer: {type: adamw}\n")
+    cluster.write_text("backend: slurm\npython: 'true'\n")
+    words = ["--config", str(config), "--cluster", str(cluster), "--trainer.run_dir", str(slurm_run.run_dir)]
+    (slurm_run.directory / "slurm_job").write_text("100")
+    (slurm_commands / "job-100").write_text("PENDING")
+    assert launch.main(words) == 2
+    message = f"error: Slurm job 100 is PENDING; run launch stop {slurm_run.run_dir} first\n"
+    assert capsys.readouterr().err == message
+    assert [path.name for path in slurm_run.directory.iterdir()] == ["slurm_job"]
+    (slurm_commands / "job-100").write_text("COMPLETED")
+    assert launch.main(words) == 0
+    assert (slurm_run.directory / "slurm_job").read_text() == "101"
+
+
 @pytest.mark.parametrize("state", ["PENDING", "CONFIGURING", "RUNNING"])
 def test_job_in_the_queue_is_cancelled_by_stop(state: str, slurm_commands: Path, slurm_run: Job, capsys):
     """A job that boots its nodes or runs `setup` has no launcher yet."""
