@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fake_slurm
@@ -197,6 +198,25 @@ def test_job_in_the_queue_is_cancelled_by_stop(state: str, slurm_commands: Path,
     assert active_job(slurm_run.directory) is None
     assert launch.main(["status", str(slurm_run.run_dir)]) == 2
     assert "contains no launched run" in capsys.readouterr().err
+
+
+def test_job_that_is_being_requeued_is_cancelled_by_stop(slurm_commands: Path, slurm_run: Job, capsys):
+    (slurm_run.directory / "slurm_job").write_text("100")
+    (slurm_commands / "job-100").write_text("COMPLETING")
+    requeue = threading.Timer(0.5, (slurm_commands / "job-100").write_text, ["PENDING"])
+    requeue.start()
+    assert launch.main(["stop", str(slurm_run.run_dir)]) == 0
+    requeue.join()
+    assert capsys.readouterr().out == "cancelled Slurm job 100 before it started\n"
+
+
+def test_job_that_stays_completing_is_not_waited_for(
+    slurm_commands: Path, slurm_run: Job, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sophia_levanter.cluster.slurm.job.COMPLETING_SECONDS", 0.0)
+    (slurm_run.directory / "slurm_job").write_text("100")
+    (slurm_commands / "job-100").write_text("COMPLETING")
+    assert active_job(slurm_run.directory) is None
 
 
 def test_job_that_cannot_be_cancelled(slurm_commands: Path, slurm_run: Job, tmp_path: Path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from sophia_levanter.files import read_regular
 from sophia_levanter.status import FAILURE, INTERRUPTED, PREEMPTED
 
 NUMBER = "slurm_job"  # name of the file, next to the script, that contains the job's number
+COMPLETING_SECONDS = 60.0  # time for which `active_job` waits for a job to be requeued or to end
 # Final job states for which sbatch --wait may return 0 even though the run is not done.
 BAD_ENDS = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 
@@ -167,7 +169,8 @@ def active_job(directory: Path) -> tuple[str, str] | None:
         number = read_regular(directory / NUMBER).decode()
     except OSError:
         return None
-    state = _state(number)
+    # A requeued job is COMPLETING before it is PENDING. Do not wait forever, because dead nodes may keep it COMPLETING.
+    state = _settled_state(number, COMPLETING_SECONDS)
     return None if state in (None, "COMPLETED", "COMPLETING", "FAILED", *BAD_ENDS) else (number, state)
 
 
@@ -180,12 +183,18 @@ def _sbatch(job: Job) -> list[str]:
 
 
 def _status_of(number: str, status: int, say: Say) -> int:
-    while (state := _state(number)) == "COMPLETING":
-        time.sleep(1)
+    state = _settled_state(number)
     if state in BAD_ENDS or status < 0:
         say(f"Slurm job {number} did not finish: {state or f'sbatch was killed by signal {-status}'}")
         return status if status > 0 else FAILURE
     return status
+
+
+def _settled_state(number: str, seconds: float = math.inf) -> str | None:
+    until = time.monotonic() + seconds
+    while (state := _state(number)) == "COMPLETING" and time.monotonic() < until:
+        time.sleep(1)
+    return state
 
 
 def _state(number: str) -> str | None:
