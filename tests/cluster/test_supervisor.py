@@ -261,6 +261,19 @@ def test_secrets_that_overlap_are_kept_out(names, tmp_path, monkeypatch):
     assert said[:4] == ["a *** b", "a *** b", "a *** b", "******"]
 
 
+@pytest.mark.parametrize(("restarted", "expected"), [(True, 75), (False, 0)])
+def test_a_stop_request_survives_a_restart_by_slurm(restarted, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarted:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    record = LaunchRecord(tmp_path / "run" / "launch")
+    record.directory.mkdir(parents=True)
+    record.ask_to_stop()
+    status, said, _ = run(tmp_path, Scripts(["true"]))
+    assert status == expected
+    assert ("stopped: before any process started" in said[-1]) is restarted
+
+
 def test_one_who_looks_does_not_keep_a_launcher_out(tmp_path):
     record = LaunchRecord(tmp_path / "launch")
     record.directory.mkdir()

@@ -19,6 +19,7 @@ from sophia_levanter.status import Progress
 
 NUMBERS = ("processes", "attempt", "failures", "preemptions")
 STOP = "stop"  # name of the file that asks the launcher to stop
+RESTARTED = "SLURM_RESTART_COUNT"  # set in a job that Slurm restarted
 LOOK_SECONDS = 1.0
 LEASE_SECONDS = 180.0  # time after which a file server releases a lost client's locks
 
@@ -87,12 +88,14 @@ class LaunchRecord:
                 f"run launch status {self.directory.parent} to see its state"
             )
         with held:
-            self._stop_file.unlink(missing_ok=True)
+            # Keep a stop request if Slurm restarted the job. The user removes it by launching the run again.
+            if RESTARTED not in os.environ:
+                self._stop_file.unlink(missing_ok=True)
             yield
 
     def _lock(self) -> IO[str] | None:
         """Acquire the lock. Wait for commands that test it and, in a requeued Slurm job, for a dead host to lose it."""
-        until = time.monotonic() + (LEASE_SECONDS if "SLURM_RESTART_COUNT" in os.environ else LOOK_SECONDS)
+        until = time.monotonic() + (LEASE_SECONDS if RESTARTED in os.environ else LOOK_SECONDS)
         while (held := lock(self.directory / ".lock")) is None and time.monotonic() < until:
             time.sleep(0.1)
         return held
