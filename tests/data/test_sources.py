@@ -100,7 +100,7 @@ def changing() -> Iterator[str]:
         ("texts", None, r"Made\.documents\(\) returned null; it must yield strings"),
         ("texts", "text", r"Made\.documents\(\) returned a string; it must yield strings"),
         ("texts", ["one", b"two"], r"made:up, document 2 is a value of type bytes; Made\.documents\(\) must yield"),
-        ("version", {1}, r"Made\.identity\(\) did not return a JSON value: Object of type set is not"),
+        ("version", {1}, r"Made\.identity\(\) did not return a JSON value: TypeError: Object of type set is not"),
         (
             "texts",
             changing(),
@@ -112,6 +112,39 @@ def test_what_is_not_a_text(made: DataConfig, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setattr(Made, "version", 1)
     monkeypatch.setattr(Made, name, value)
     with pytest.raises(InputError, match=rf"^data\.train: {message}"):
+        prepare(made, quiet)
+
+
+def failing() -> Iterator[str]:
+    yield "one"
+    raise KeyError("two")
+
+
+def fails(self: Made) -> Any:
+    raise ModuleNotFoundError("No module named 'gone'")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("identity", fails, r"Made\.identity\(\) failed: ModuleNotFoundError: No module named 'gone'"),
+        ("documents", fails, r"Made\.documents\(\) failed: ModuleNotFoundError: No module named 'gone'"),
+        ("documents", lambda self: failing(), r"Made\.documents\(\) failed: KeyError: 'two'"),
+    ],
+)
+def test_a_source_that_fails(made: DataConfig, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str):
+    monkeypatch.setattr(Made, name, value)
+    with pytest.raises(InputError, match=rf"^data\.train: {message}$"):
+        prepare(made, quiet)
+
+
+@pytest.mark.parametrize("error", [InputError("as it is"), OSError("as it is")])
+def test_a_source_that_reports_its_own_errors(made: DataConfig, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def report(self: Made) -> Any:
+        raise error
+
+    monkeypatch.setattr(Made, "identity", report)
+    with pytest.raises(type(error), match=r"^as it is$"):
         prepare(made, quiet)
 
 

@@ -9,7 +9,9 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import parse_qsl
@@ -115,13 +117,20 @@ class _Texts(Source):
         self._identity = self._current_identity()
 
     def _current_identity(self) -> Any:
-        found = self._source.identity()
-        try:
+        with self._errors_reported("identity"):
+            found = self._source.identity()
+        with self._errors_reported("identity", "did not return a JSON value"):
             return json.loads(json.dumps(found))
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.rows.field}: {self._kind}.identity() did not return a JSON value: {error}"
-            ) from error
+
+    @contextmanager
+    def _errors_reported(self, method: str, how: str = "failed") -> Iterator[None]:
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            what = f"{self.rows.field}: {self._kind}.{method}() {how}"
+            raise InputError(f"{what}: {type(error).__name__}: {error}") from error
 
     @property
     def parts(self) -> list[Any]:
@@ -135,12 +144,8 @@ class _Texts(Source):
         return f"{self.name}, document {position[1]}"
 
     def documents(self, start: Position = START) -> Iterator[tuple[Position, str]]:
-        field, texts = self.rows.field, self._source.documents()
-        if isinstance(texts, str) or not hasattr(texts, "__iter__"):
-            raise InputError(f"{field}: {self._kind}.documents() returned {kind_of(texts)}; it must yield strings")
-        for number, text in enumerate(texts, start=1):
-            if number <= start[1]:
-                continue
+        field = self.rows.field
+        for number, text in islice(enumerate(self._texts(), start=1), start[1], None):
             where = self.where((0, number))
             if not isinstance(text, str):
                 raise InputError(f"{field}: {where} is {kind_of(text)}; {self._kind}.documents() must yield strings")
@@ -151,6 +156,14 @@ class _Texts(Source):
                 f"{field}: {self.name} changed while it was being read; "
                 "run the command again when nothing is writing to it"
             )
+
+    def _texts(self) -> Iterator[Any]:
+        with self._errors_reported("documents"):
+            texts = self._source.documents()
+            if isinstance(texts, str) or not hasattr(texts, "__iter__"):
+                where = f"{self.rows.field}: {self._kind}.documents()"
+                raise InputError(f"{where} returned {kind_of(texts)}; it must yield strings")
+            yield from texts
 
 
 class Files(DataSource):
