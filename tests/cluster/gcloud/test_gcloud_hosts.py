@@ -13,8 +13,8 @@ import pytest
 from gcloud_cases import AWKWARD, FAKE_PYTHON, backend, cluster, fake_python, spec
 
 from sophia_levanter.cluster.backend import Job
-from sophia_levanter.cluster.gcloud import GcloudBackend
-from sophia_levanter.cluster.gcloud.commands import Answer, GcloudCommands, resource_name
+from sophia_levanter.cluster.gcloud import Acquisition, GcloudBackend
+from sophia_levanter.cluster.gcloud.commands import Answer, GcloudCommands, QueuedResource, resource_name
 from sophia_levanter.errors import InputError
 
 slow = pytest.mark.slow  # each call of gcloud takes about a second
@@ -67,10 +67,48 @@ def test_a_run_on_slices_from_nothing_to_nothing(api, job, tmp_path):
 
     slices.release(said.append)
     assert said[-1] == "queued resource a-run is being deleted"
-    assert api.requests[-1][:2] == (
+    assert next(request[:2] for request in api.requests if request[0] == "DELETE") == (
         "DELETE",
         "/v2/projects/test-project/locations/us-central2-b/queuedResources/a-run?alt=json&force=True",
     )
+
+
+class Deletions:
+    """Answers gcloud for a resource that is there until it was deleted often enough."""
+
+    def __init__(self, needed, state):
+        self.needed, self.state, self.asked = needed, state, []
+
+    def __call__(self, words, stopped=None):
+        self.asked.append(words[4])
+        if words[3] == "tpu-vm":
+            return Answer(0, json.dumps({"state": "READY", "networkEndpoints": [{"ipAddress": "10.0.0.1"}] * 4}), "")
+        if words[4] != "describe":
+            return Answer(0, "", "")
+        if "create" not in self.asked and self.asked.count("delete") >= self.needed:
+            return Answer(1, "", "ERROR: (gcloud.describe) NOT_FOUND: a-run")
+        state = "ACTIVE" if "create" in self.asked else self.state
+        return Answer(0, json.dumps(spec() | {"state": {"state": state}}), "")
+
+
+def test_a_deletion_that_is_accepted_and_then_fails_is_repeated(monkeypatch):
+    monkeypatch.setattr("sophia_levanter.cluster.gcloud.SETTLE", 0.1)
+    monkeypatch.setattr("sophia_levanter.cluster.gcloud.commands.call", deletions := Deletions(2, "FAILED"))
+    resource = QueuedResource(GcloudCommands(cluster(start_timeout=20), "a-run"))
+    assert len(Acquisition(resource, 0.01, print, lambda: False).run()) == 1
+    assert [verb for verb in deletions.asked if verb != "describe"] == ["delete", "delete", "create"]
+
+
+@pytest.mark.parametrize(
+    ("needed", "shown"), [(1, "is being deleted"), (2, "may still be billed: its accepted deletion")]
+)
+def test_slices_whose_deletion_does_not_begin_may_still_be_billed(needed, shown, monkeypatch):
+    monkeypatch.setattr("sophia_levanter.cluster.gcloud.commands.call", Deletions(needed, "ACTIVE"))
+    slices = backend()
+    slices.was_preempted()  # finds the resource
+    said = []
+    slices.release(said.append)
+    assert said[0].startswith(f"queued resource a-run {shown}")
 
 
 @slow

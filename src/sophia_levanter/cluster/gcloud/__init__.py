@@ -27,10 +27,11 @@ from sophia_levanter.config.build import MASK
 from sophia_levanter.errors import InputError
 
 PRICES = "https://cloud.google.com/tpu/pricing"
-# Pauses between deletion requests while Google refuses them, in units of `poll`: about seven minutes in total.
+# Pauses between deletion requests while Google refuses them, and then between checks that the deletion has begun, in
+# units of `poll`: about seven minutes each in total.
 RELEASE_PAUSES = (1, 2, 4, 8, 12)
 LONGEST_PAUSE = 300.0  # seconds before a refused request is retried
-SETTLE = 600.0  # seconds for the nodes of an active queued resource to become ready and healthy
+SETTLE = 600.0  # seconds for the nodes of an active queued resource to become healthy, or for its deletion to begin
 _OVER = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 # These ports are below the kernel's ephemeral ports and are not used by TPU software. Each attempt uses a different
 # port, because the port of the previous attempt may still be in use.
@@ -142,8 +143,19 @@ class GcloudBackend(Backend):
             say(f"queued resource {name} no longer exists")
         elif answer.status:
             say(f"queued resource {name} could not be deleted and is still billed: {answer.error}; try {by_hand}")
-        else:
+        elif any(self._is_being_deleted(pause) for pause in RELEASE_PAUSES):
             say(f"queued resource {name} is being deleted")
+        else:
+            say(f"queued resource {name} may still be billed: its accepted deletion did not begin; try {by_hand}")
+
+    def _is_being_deleted(self, pause: int) -> bool:
+        """Return whether a deletion has begun. Google may accept a deletion and then fail to carry it out."""
+        time.sleep(pause * self._poll)
+        try:
+            state = self._resource.state()
+        except (InputError, Refused):
+            return False
+        return state is None or state[0] in ("SUSPENDING", "DELETING")
 
     def _host_commands(self, to: GcloudCommands, nodes: Sequence[Node], attempt: int, stamp: str) -> list[HostCommand]:
         hosts = [(i, node, worker) for i, node in enumerate(nodes) for worker in range(len(node.addresses))]
@@ -204,7 +216,7 @@ class Acquisition:
         self._name = resource.commands.name
         self._pause = poll
         self._said = ""
-        self._deleting = False
+        self._deleting_since: float | None = None
         self._active_since: float | None = None
 
     def run(self) -> list[Node]:
@@ -235,9 +247,9 @@ class Acquisition:
         """Take one step toward obtaining the slices, and return them if they are complete."""
         state = self._resource.state(self._stopped)
         if state is None:
-            self._deleting, self._active_since = False, None
+            self._deleting_since = self._active_since = None
             self._create()
-        elif state[0] in _OVER or self._deleting:
+        elif state[0] in _OVER or self._deleting_since is not None:
             self._replace(f"queued resource {self._name} is {': '.join(filter(None, state))}", state[0])
         elif state[0] != "ACTIVE":
             self._say(f"queued resource {self._name} is {state[0]}")
@@ -277,7 +289,9 @@ class Acquisition:
                 )
 
     def _replace(self, why: str, state: str) -> None:
-        if self._deleting or state == "DELETING":
+        # Google may accept a deletion and then fail to carry it out.
+        expired = self._deleting_since is None or time.monotonic() - self._deleting_since > SETTLE
+        if state == "DELETING" or not expired:
             self._say(f"{why}; waiting until it is deleted")
             self._sleep(self._poll)
             return
@@ -285,7 +299,7 @@ class Acquisition:
         answer = self._resource.delete(self._stopped)
         if answer.status and answer.code != "NOT_FOUND":
             raise Refused(answer.error)
-        self._deleting = True
+        self._deleting_since = time.monotonic()
         # The pause grows, so that a resource is not recreated in a tight loop if it fails immediately.
         self._back_off()
 
