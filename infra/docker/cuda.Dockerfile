@@ -22,8 +22,8 @@ COPY --from=build /opt/venv /opt/venv
 COPY config /app/config/
 COPY infra/ray /app/infra/ray/
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-# NVIDIA's container runtime reads these and adds the host's driver.
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Google Kubernetes Engine mounts the host's driver here. NVIDIA's container runtime, used elsewhere, needs no setting.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 WORKDIR /home/trainer
 # Use a numeric ID, because Kubernetes cannot verify that a user name is not root's.
 USER 10001:10001

@@ -61,6 +61,11 @@ def test_no_secrets(path):
             assert not SECRET.search(word.partition("=")[0])
 
 
+def test_drivers_of_google_kubernetes_engine_are_found():
+    path = next(path for path in DOCKERFILES if path.stem.startswith("cuda"))
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in of_kind(path, "ENV")
+
+
 @every
 def test_commands_are_shell_and_fetch_no_scripts(path):
     for command in of_kind(path, "RUN"):
