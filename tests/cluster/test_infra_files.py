@@ -102,6 +102,13 @@ def test_a_launcher_file_takes_gpt2_large_with_the_settings_that_it_names(path, 
         assert [name for name in needed if f"{name} " not in error] == []
 
 
+@pytest.mark.parametrize("path", LAUNCHER, ids=named)
+def test_a_gpu_driver_that_does_not_work_is_not_passed_over(path):
+    cluster = read_cluster(path)
+    gpus = getattr(cluster, "gpus_per_worker", 0) or getattr(cluster, "gpus_per_node", 0)
+    assert (cluster.env.get("JAX_PLATFORMS") == "cuda,cpu") == (gpus > 0)
+
+
 @pytest.mark.parametrize("path", [path for path in INFRA if path not in LAUNCHER], ids=named)
 def test_what_is_no_launcher_file_is_refused_in_one_line(path, tmp_path, capsys):
     status, out, error = dry_run(path, tmp_path, capsys)
