@@ -231,7 +231,7 @@ class SlurmCluster(ClusterConfig):
     )
     save_before: int = setting(180, "save the run this many seconds before the time limit", low=1, high=LARGEST)
     options: tuple[str, ...] = setting((), "additional sbatch options, such as --qos=high")
-    setup: tuple[str, ...] = setting((), "shell commands to run before training, such as module load cuda/13")
+    setup: tuple[str, ...] = setting((), "shell commands to run before training, such as source venv/bin/activate")
     python: str = setting("python", "Python interpreter, looked up after setup")
 
     def __post_init__(self) -> None:
